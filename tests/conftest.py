@@ -1,0 +1,60 @@
+"""Fixtures for every test. The Hub on loopback first: huggingface_hub reads its environment at import."""
+
+import loopback  # isort: skip
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_model, make_sae
+
+TINY_GEMMA2 = Path(__file__).parent / "models" / "tiny-gemma2"
+
+
+def pytest_unconfigure() -> None:
+    loopback.stop()
+
+
+@pytest.fixture
+def hub():
+    """The Hub on loopback (tests/fake_hub), without faults and with an empty list of requests."""
+    loopback.HUB.faults.clear()
+    loopback.HUB.requests.clear()
+    yield loopback.HUB
+    loopback.HUB.faults.clear()
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2_loaded():
+    """The one loaded copy behind `tiny_gemma2`; read only."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        TINY_GEMMA2, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture
+def tiny_gemma2(tiny_gemma2_loaded):
+    """A trained Gemma 2 of 4 layers, d 192, vocabulary 4096, float32, eager attention; each test's own."""
+    return copy.deepcopy(tiny_gemma2_loaded)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The tokenizer of tiny_gemma2: <pad> 0, <eos> 1, <bos> 2 (prepended), padding on the left."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY_GEMMA2, padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """random_model(architecture, layers=3, seed=0, **config): a model of random weights (tiny_models.py)."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def random_sae():
+    """random_sae(d_in, d_sae, site, seed=0, ...): a SAE of which a tenth fires (tiny_models.py)."""
+    return make_sae
