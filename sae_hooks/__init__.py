@@ -1,0 +1,46 @@
+"""sae_hooks: sparse autoencoders as hooks in a running Hugging Face model.
+
+model = attach_saes(gemma, "google/gemma-scope-9b-pt-res")
+with model.saes.clamp({1234: 80.0}, layer=20):
+    out = model.generate(**inputs)
+"""
+
+from .attach import attach_saes, detach_saes
+from .edits import Edit, Edits
+from .errors import (
+    EditError,
+    SaeAttachError,
+    SaeDownloadError,
+    SaeError,
+    SaeFormatError,
+    SaeMismatchError,
+    SaeNotFoundError,
+    SaeWarning,
+    SiteError,
+    UnsafeFileError,
+)
+from .hub import list_saes, load_sae
+from .sae import SAE
+from .sparse import SparseFeatures
+
+__version__ = "0.1.0"
+__all__ = [
+    "SAE",
+    "Edit",
+    "EditError",
+    "Edits",
+    "SaeAttachError",
+    "SaeDownloadError",
+    "SaeError",
+    "SaeFormatError",
+    "SaeMismatchError",
+    "SaeNotFoundError",
+    "SaeWarning",
+    "SiteError",
+    "SparseFeatures",
+    "UnsafeFileError",
+    "attach_saes",
+    "detach_saes",
+    "list_saes",
+    "load_sae",
+]

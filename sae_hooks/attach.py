@@ -1,0 +1,303 @@
+"""attach_saes and detach_saes: hooks in, hooks out, all or nothing."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import hub, sites
+from .errors import SaeAttachError, SaeMismatchError, SiteError
+from .hooks import GenerateHook, PassHook, SiteHook
+from .runtime import Runtime, Slot
+from .sae import SAE
+from .saes import Saes
+
+Model = TypeVar("Model", bound=nn.Module)
+Source = str | Path | SAE | Mapping[str, Any]
+
+
+def attach_saes(
+    model: Model,
+    source: Source,
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    width: int | str | None = None,
+    l0: float | str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+    preload: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Model:
+    """Hook SAEs into a model and return the same model, with `model.saes`; weights are fetched at first use of a site.
+
+    source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}. A repo that
+    offers many
+        gives every layer, in the smallest width, with average L0 nearest 100; layer, site, width and l0 select.
+    site: an alias ("resid_post", "mlp_out", "attn_out", "transcoder") or a module path with its side.
+    dtype: of the two matrices (thresholds and biases stay float32). name: to tell two SAEs at one site apart.
+    preload: fetch all weights now. revision, token, cache_dir: as in huggingface_hub.
+
+    With nothing open the model computes exactly what it did before. Nothing is attached if anything is wrong: raises
+    SiteError or SaeMismatchError (the model has no such place, or of another width; all of them at once),
+    SaeNotFoundError, SaeDownloadError, SaeFormatError, SaeAttachError.
+    """
+    select = {"width": width, "l0": l0, "revision": revision, "token": token, "cache_dir": cache_dir}
+    offers = list(_offers(model, source, layer, site, select, dtype))
+    root = _root(model)
+    slots = _slots(root, offers, name)
+    saes = root.__dict__.get("saes")
+    present = saes if isinstance(saes, Saes) and saes._model is root else None
+    _check_free(slots, present)
+    if preload:
+        for slot in slots:
+            slot.sae  # noqa: B018  (loads, and raises before anything is attached)
+    _install(root, slots, present)
+    return model
+
+
+def detach_saes(model: nn.Module) -> None:
+    """Take all SAEs out again; the model is as it was before the first attach. Without SAEs, does nothing."""
+    root = _root(model)
+    saes = root.__dict__.get("saes")
+    if isinstance(saes, Saes) and saes._model is root:
+        saes._installed.remove()
+        del root.__dict__["saes"]
+        _forget_compiled()
+
+
+@dataclass
+class Installed:
+    """What attaching has put into a model, and how to take it out."""
+
+    runtime: Runtime
+    hooks: dict[str, SiteHook] = field(default_factory=dict)
+    doors: set[int] = field(default_factory=set)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Undo in reverse order; a second time does nothing."""
+        self.runtime.close(self.runtime.everywhere)
+        self.runtime.active = False
+        while self.undo:
+            self.undo.pop()()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An SAE to attach: where it says it belongs, its width if known, and how to get it."""
+
+    site: str | None
+    site_out: str | None
+    layer: int | None
+    kind: str | None
+    d_in: int | None
+    d_out: int | None
+    where: str
+    load: Callable[[], SAE]
+
+
+def _offers(
+    model: nn.Module,
+    source: Source,
+    layer: int | None,
+    site: str | None,
+    select: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> Iterator[Offer]:
+    if isinstance(source, SAE):
+        yield _of_sae(model, source, layer, site, dtype)
+    elif isinstance(source, Mapping):
+        for where, one in source.items():
+            yield from _offers(model, one, layer, where, select, dtype)
+    else:
+        for file in hub.find_saes(source, layer=layer, site=site, **select):
+            e = file.entry
+            yield Offer(e.site, e.site_out, e.layer, e.kind, e.d_in, None, file.where, partial(file.load, dtype=dtype))
+
+
+def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dtype: torch.dtype | None) -> Offer:
+    read, write = sae.site, sae.site_out
+    if site is not None and site not in sites.KINDS:
+        read, write = site, site if write in (None, sae.site) else write
+    elif layer is not None:
+        read, write = sites.alias(model, layer, site or "resid_post")
+    if read is None:
+        raise SiteError("the SAE does not say where it belongs; give layer= (and site=), or site= as a module path")
+    own = sae if dtype in (None, sae.dtype) else None
+
+    def load() -> SAE:
+        if own is not None:
+            return own
+        cast = {n: p.detach().to(dtype) if n.startswith("W_") else p.detach() for n, p in sae.named_parameters()}
+        return SAE(**cast, k=sae.k, site=sae.site, site_out=sae.site_out, metadata=sae.metadata)
+
+    return Offer(read, write, None, None, sae.d_in, sae.d_out, repr(sae), load)
+
+
+def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[Slot]:
+    """Find each offer's place in the model; raise one error for all that does not fit."""
+    slots: list[Slot] = []
+    wrong: list[str] = []
+    kinds: set[type[SaeMismatchError]] = set()
+    for offer in offers:
+        try:
+            read, write = _places(model, offer)
+            _check_fit(model, offer, read, write)
+        except SaeMismatchError as error:
+            wrong.append(f"{offer.where}: {error}")
+            kinds.add(type(error))
+            continue
+        key = offer.site or str(read)
+        named = key if name is None else name if len(offers) == 1 else f"{name}/{key}"
+        slots.append(Slot(named, read, write, offer.load))
+    if wrong:
+        raise (SiteError if kinds == {SiteError} else SaeMismatchError)("\n".join(wrong))
+    return slots
+
+
+def _places(model: nn.Module, offer: Offer) -> tuple[sites.Site, sites.Site]:
+    if offer.site is not None:
+        try:
+            return sites.resolve(model, offer.site), sites.resolve(model, offer.site_out or offer.site)
+        except SiteError:
+            if offer.layer is None or offer.kind not in sites.KINDS:
+                raise
+    if offer.layer is None or offer.kind is None:
+        raise SiteError(f"{offer.where} does not say where it belongs; give layer= and site=")
+    try:
+        read, write = sites.alias(model, offer.layer, offer.kind)
+    except SiteError:
+        if offer.site is not None:  # the site's own path makes the better message
+            sites.resolve(model, offer.site)
+        raise
+    return sites.resolve(model, read), sites.resolve(model, write)
+
+
+def _check_fit(model: nn.Module, offer: Offer, read: sites.Site, write: sites.Site) -> None:
+    """Raise SaeMismatchError for what shapes and sides alone prove wrong."""
+    wrong = []
+    for verb, d, place in (("reads", offer.d_in, read), ("writes", offer.d_out, write)):
+        have = sites.width(model, place)
+        if d is not None and have is not None and d != have:
+            wrong.append(f"it {verb} {d} values, {place} of {type(model).__name__} has {have}")
+    if write.side == "normalized":
+        wrong.append(f"{write} can be read, but not written")
+    if read.side == "input" and any(type(p).__name__ == "DTensor" for p in read.module.parameters(recurse=False)):
+        wrong.append(f"{read} is split over processes by tensor parallelism, so features cannot be computed there")
+    if wrong:
+        raise SaeMismatchError("; ".join(wrong) + ": made for another model?")
+
+
+def _check_free(slots: Sequence[Slot], present: Saes | None) -> None:
+    taken = set(present or ())
+    for slot in slots:
+        if slot.name in taken:
+            raise SaeAttachError(
+                f"an SAE named {slot.name!r} is attached already; give name= to attach a second one at its site, "
+                "or detach_saes(model) first"
+            )
+        taken.add(slot.name)
+
+
+def _install(model: nn.Module, slots: Sequence[Slot], present: Saes | None) -> None:
+    """Put hooks in; on any failure take out what this call has put in."""
+    if present is None:
+        runtime = Runtime(_special_ids(model))
+        saes = Saes(model, runtime, Installed(runtime), detach_saes)
+    else:
+        saes = present
+    installed: Installed = saes._installed
+    before = len(installed.undo)
+    try:
+        for slot in slots:
+            _hook(model, installed, slot)
+    except BaseException:
+        while len(installed.undo) > before:
+            installed.undo.pop()()
+        raise
+    saes._slots.update({slot.name: slot for slot in slots})
+    model.__dict__["saes"] = saes
+    _forget_compiled()
+
+
+def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
+    for place in dict.fromkeys((slot.read, slot.write)):
+        if str(place) not in installed.hooks:
+            hook = installed.hooks[str(place)] = SiteHook(installed.runtime, place)
+            handle = (
+                place.module.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
+                if place.side == "output"
+                else place.module.register_forward_pre_hook(hook.before, with_kwargs=True)
+            )
+            installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
+        hook = installed.hooks[str(place)]
+        hook.slots.append(slot)
+        installed.undo.append(partial(hook.slots.remove, slot))
+    for door in _doors(model, slot.read.path):
+        if id(door) not in installed.doors:
+            installed.doors.add(id(door))
+            handle = door.register_forward_pre_hook(PassHook(installed.runtime).before, with_kwargs=True, prepend=True)
+            installed.undo += [partial(installed.doors.discard, id(door)), handle.remove]
+    _hook_generate(model, installed, slot.read.path)
+
+
+def _doors(model: nn.Module, path: str) -> list[nn.Module]:
+    """The model and the modules inside it, on the way to a site, that take token ids."""
+    inner = [m for m in _ancestors(model, path) if "input_ids" in inspect.signature(m.forward).parameters]
+    return list(dict.fromkeys([model, *inner]))
+
+
+def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
+    """Stand before `generate` of the innermost model that has it, so that PEFT and pipelines pass through too."""
+    makers = [m for m in _ancestors(model, path) if hasattr(type(m), "generate")]
+    if not makers or isinstance(makers[-1].__dict__.get("generate"), GenerateHook):
+        return
+    maker = makers[-1]
+    before = maker.__dict__.get("generate")
+    maker.__dict__["generate"] = GenerateHook(installed.runtime, maker, maker.generate)  # type: ignore[arg-type]
+
+    def undo() -> None:
+        del maker.__dict__["generate"]
+        if before is not None:
+            maker.__dict__["generate"] = before
+
+    installed.undo.append(undo)
+
+
+def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module that a torch.compile wrapper wraps, or the model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _special_ids(model: nn.Module) -> frozenset[int]:
+    """BOS, EOS and padding ids that the model's configs name."""
+    found: set[int] = set()
+    for source in (getattr(model, "config", None), sites.text_config(model), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(source, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return frozenset(i for i in found if isinstance(i, int))
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not notice hooks added to what it has compiled, so make it compile anew."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

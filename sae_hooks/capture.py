@@ -1,0 +1,121 @@
+"""Captured: the features of the forward passes inside a `capture()` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import SaeMismatchError
+from .sae import SAE
+from .sparse import SparseFeatures, concatenate
+from .tokens import Generation, Pass
+
+
+class Captured(Mapping[str, SparseFeatures]):
+    """Features by name of the SAE; filled while the block runs, readable at any time.
+
+    `captured[name]` has one row for each token computed, ordered by doc_id and position. Every plain forward pass
+    adds its rows of the batch as new documents, every call of `generate` adds its rows (times beams or return
+    sequences) once. A token computed twice (no cache, prompt lookup) counts once, with its last values; guesses that
+    never made it into the text, and the last token generated, which no pass has read, have no row. Padding has none
+    either; special tokens and attention sinks have an empty one, unless `special_tokens=True`. `passes(name)` gives
+    each pass as it came.
+    """
+
+    def __init__(self, saes: Mapping[str, Callable[[torch.device], SAE]]) -> None:
+        self._saes = saes
+        self._parts: dict[str, list[tuple[SparseFeatures, Tensor, Generation | None]]] = {name: [] for name in saes}
+        self._documents: dict[str, _Documents] = {name: _Documents() for name in saes}
+
+    def __getitem__(self, name: str) -> SparseFeatures:
+        parts = self._parts[name]
+        if not parts:
+            raise SaeMismatchError(f"no forward pass has reached {name} yet")
+        device = parts[0][0].values.device
+        final = torch.cat([column < _end(generation) for _, column, generation in parts]).to(device)
+        joined = concatenate([features for features, _, _ in parts])
+        return joined[_last_of_each(joined, final)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __repr__(self) -> str:
+        return f"Captured({ {name: len(parts) for name, parts in self._parts.items()} } passes)"
+
+    def passes(self, name: str) -> list[SparseFeatures]:
+        """The features of each forward pass, in the order they ran; generated tokens one pass at a time."""
+        return [features for features, _, _ in self._parts[name]]
+
+    def sink(self, name: str) -> Callable[[Tensor, Tensor, Pass], None]:
+        """What the hook calls with (x, chosen, pass)."""
+
+        def take(x: Tensor, chosen: Tensor, now: Pass) -> None:
+            first = self._documents[name].first(now, x)
+            features, column = _features(self._saes[name](x.device), x.detach(), chosen, now, first)
+            self._parts[name].append((features, column, now.generation))
+
+        return take
+
+
+class _Documents:
+    """Numbers documents: a new batch for each plain pass and each call of generate; a cache continued keeps its
+    numbers."""
+
+    def __init__(self) -> None:
+        self.base, self.rows, self.generation = 0, 0, None  # type: int, int, Generation | None
+
+    def first(self, now: Pass, x: Tensor) -> int:
+        rows = now.shape[0] if now.shape else x.shape[0] if x.ndim > 2 else 1
+        fresh = isinstance(now.start, int) and now.start == 0
+        same = now.generation is self.generation if now.generation is not None else not fresh and rows == self.rows
+        if not same:
+            self.base += self.rows
+        self.rows, self.generation = rows, now.generation
+        return self.base
+
+
+def _features(sae: SAE, x: Tensor, chosen: Tensor, now: Pass, first: int) -> tuple[SparseFeatures, Tensor]:
+    """Rows for the tokens of x (..., d) that are not padding, empty where not chosen; and the column of each."""
+    flat, chosen = x.flatten(0, -2), chosen.flatten()
+    indptr, indices, values = sae.encode_sparse(flat[chosen])
+    counts = torch.zeros(len(flat), dtype=indptr.dtype, device=x.device)
+    counts[chosen] = indptr.diff()
+    doc, position, token, column = _provenance(now, x)
+    padding = now.keep()
+    keep = torch.ones_like(chosen) if padding is None else padding.to(x.device).flatten()
+    counts = counts[keep]
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    made = SparseFeatures(indptr, indices, values, sae.d_sae, doc[keep] + first, position[keep], token[keep])
+    return made, column[keep]
+
+
+def _provenance(now: Pass, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row of the batch, position, token id and column of each token of x (..., d), flattened."""
+    batch, length = now.shape or (x.shape[0] if x.ndim > 2 else 1, x.shape[-2])
+    rows = torch.arange(batch, device=x.device).repeat_interleave(length)
+    if now.shape is None:
+        places = torch.arange(length, device=x.device).repeat(batch)
+        return rows, places, torch.full_like(rows, -1), places
+    ids = torch.full_like(rows, -1) if now.ids is None else now.ids.to(x.device).flatten().long()
+    return rows, now.positions(x.device).flatten(), ids, now.columns(x.device).repeat(batch)
+
+
+def _end(generation: Generation | None) -> float:
+    """First column that the text did not keep, or whose activations no plain decoding would have computed."""
+    return float("inf") if generation is None or generation.length is None else generation.length - 1
+
+
+def _last_of_each(features: SparseFeatures, final: Tensor) -> Tensor:
+    """Row numbers, by document and position, of the last time that each token was computed."""
+    rows = final.nonzero().flatten()
+    if not len(rows):
+        return rows
+    key = features.doc_id[rows] * (int(features.position.max()) + 1) + features.position[rows]
+    key, order = torch.sort(key, stable=True)
+    last = torch.cat([key[1:] != key[:-1], torch.ones(1, dtype=torch.bool, device=key.device)])
+    return rows[order[last]]

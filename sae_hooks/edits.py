@@ -1,0 +1,270 @@
+"""Edits: what to do to which features, as frozen values; their algebra on k rows; their JSON form.
+
+Every operation is new = f + gain * f + shift, so the model receives x' = x + sum_k (gain_k f_k(x) + shift_k) W_dec[k]:
+
+    clamp to v: gain -1, shift v      scale by s: gain s - 1, shift 0      add a: gain 0, shift a
+
+k features cost k encoder rows and k decoder rows; nothing changes where the change is zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import EditError
+
+OPS = ("clamp", "scale", "add")
+TOKENS = ("all", "prompt", "generated")
+FORMAT = "sae_hooks.edits/1"
+Strength = float | Tensor
+LARGEST = 1.8e19  # its square still fits float32, so a norm layer survives it
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """One operation on some features of the SAE named `site`; made by `edit`, which checks it.
+
+    values (rows, k) float32 on the CPU: rows is 1, or the size of the batch (NaN: this row is left untouched).
+    tokens: "all", "prompt", "generated", or a boolean mask (tokens) or (batch, tokens) over the input.
+    """
+
+    op: str
+    site: str
+    features: tuple[int, ...]
+    values: Tensor
+    tokens: str | Tensor = "all"
+    special_tokens: bool = False
+    only_if_active: bool = False
+
+    @property
+    def gain(self) -> Tensor:
+        """(rows, k): what the feature's own activation is multiplied by; zero in rows left untouched."""
+        zero = torch.zeros_like(self.values)
+        gain = {"clamp": zero - 1, "scale": self.values - 1, "add": zero}[self.op]
+        return gain.masked_fill(self.values.isnan(), 0.0)
+
+    @property
+    def shift(self) -> Tensor:
+        """(rows, k): what is added besides; zero in rows left untouched."""
+        return torch.zeros_like(self.values) if self.op == "scale" else self.values.nan_to_num(0.0)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the features' present activations are needed; a plain `add` needs none."""
+        return self.op != "add" or self.only_if_active
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like form; NaN (row left untouched) is null, a mask is a list of booleans."""
+        values = [[None if math.isnan(v) else v for v in row] for row in self.values.tolist()]
+        tokens = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
+        return {
+            "op": self.op,
+            "site": self.site,
+            "features": list(self.features),
+            "values": values,
+            "tokens": tokens,
+            "special_tokens": self.special_tokens,
+            "only_if_active": self.only_if_active,
+        }
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Several edits, to be opened together and shared as a small JSON document."""
+
+    items: tuple[Edit, ...]
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def to_json(self) -> str:
+        """The document that `model.saes.apply` takes."""
+        return json.dumps({"format": FORMAT, "edits": [edit.to_dict() for edit in self.items]}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, document: str) -> Edits:
+        """Read what `to_json` wrote. Raises EditError naming what is wrong."""
+        try:
+            content = json.loads(document)
+            if content["format"] != FORMAT:
+                raise EditError(f"edits in format {content['format']!r}; this version reads {FORMAT!r}")
+            return cls(tuple(_from_dict(item) for item in content["edits"]))
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            if isinstance(error, EditError):
+                raise
+            raise EditError(f"not a document of edits ({type(error).__name__}: {error})") from error
+
+
+def edit(
+    op: str,
+    site: str,
+    values: Mapping[int, Strength],
+    *,
+    tokens: str | Tensor = "all",
+    special_tokens: bool = False,
+    only_if_active: bool = False,
+) -> Edit:
+    """Check and freeze an edit {feature: number, or tensor (batch,)}. Raises EditError for what cannot be meant."""
+    if op not in OPS:
+        raise EditError(f"an edit is one of {', '.join(OPS)}; got {op!r}")
+    features = tuple(_feature(f) for f in values)
+    if not features:
+        raise EditError(f"{op} names no feature")
+    return Edit(
+        op=op,
+        site=site,
+        features=features,
+        values=_table(op, values),
+        tokens=check_tokens(tokens),
+        special_tokens=bool(special_tokens),
+        only_if_active=bool(only_if_active),
+    )
+
+
+def check(edit: Edit, d_sae: int, others: Iterable[Edit] = ()) -> None:
+    """Raise EditError if a feature is out of range, named twice, or edited already by one of the others."""
+    outside = [f for f in edit.features if not 0 <= f < d_sae]
+    if outside:
+        raise EditError(f"feature {outside[0]} at {edit.site}: the SAE has features 0 to {d_sae - 1}")
+    twice = {f for f in edit.features if edit.features.count(f) > 1}
+    taken = set(edit.features) & {f for other in others if other.site == edit.site for f in other.features}
+    if twice or taken:
+        raise EditError(
+            f"feature {min(twice | taken)} at {edit.site} is edited twice; the changes would add up. "
+            "Remove the open edit first, or put both into one"
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An edit made ready for a device: W_enc (k, d_in), b_enc (k), threshold (k), W_dec (k, d_out), gain and shift
+    (rows, k).
+
+    All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor | None
+    W_dec: Tensor
+    gain: Tensor
+    shift: Tensor
+    only_if_active: bool
+    reads: bool
+
+    def acts(self, x: Tensor) -> Tensor:
+        """Activations (..., k) of the k features for x (..., d_in)."""
+        assert self.threshold is not None
+        pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
+        return pre * (pre > self.threshold)
+
+    def change(self, acts: Tensor | None, group: int, batch: int) -> Tensor:
+        """new - old activations (batch, tokens, k), before tokens are chosen; each row is repeated `group` times."""
+        gain, shift = (_spread(t, group, batch) for t in (self.gain, self.shift))
+        if acts is None:
+            return shift
+        change = gain * acts + shift
+        return change * (acts > 0) if self.only_if_active else change
+
+
+def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
+    """Raise EditError if a clamp or add would overflow the model's dtype, which greedy decoding turns into token 0."""
+    if edit.op == "scale":
+        return
+    largest = float(edit.shift.abs().max() * W_dec.abs().max())
+    limit = min(LARGEST, torch.finfo(dtype).max)
+    if largest > limit:
+        raise EditError(
+            f"{edit.op} at {edit.site} adds up to {largest:.3g}; {dtype} activations overflow above {limit:.3g}"
+        )
+
+
+def _spread(table: Tensor, group: int, batch: int) -> Tensor:
+    """(rows, k) -> (1 or batch, 1, k)."""
+    if len(table) == 1:
+        return table[:, None]
+    if len(table) * group != batch:
+        raise EditError(
+            f"the edit has strengths for {len(table)} rows, the batch has {batch // group}; "
+            "give a number, or one value for each row"
+        )
+    return table.repeat_interleave(group, dim=0)[:, None] if group > 1 else table[:, None]
+
+
+def _feature(feature: Any) -> int:
+    if isinstance(feature, bool):
+        raise EditError(f"a feature is a number, got {feature}")
+    try:
+        return index(feature)
+    except TypeError:
+        raise EditError(f"a feature is a whole number, got {feature!r}") from None
+
+
+def _table(op: str, values: Mapping[int, Strength]) -> Tensor:
+    columns = [_column(op, f, v) for f, v in values.items()]
+    rows = {len(c) for c in columns} - {1}
+    if len(rows) > 1:
+        raise EditError(
+            f"{op}: strengths for {' and '.join(map(str, sorted(rows)))} rows; one number a row of the batch"
+        )
+    return torch.stack([c.expand(max(rows, default=1)) for c in columns], dim=1)
+
+
+def _column(op: str, feature: int, value: Strength) -> Tensor:
+    per_row = isinstance(value, Tensor) and value.ndim > 0
+    try:
+        column = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EditError(f"{op} of feature {feature}: expected a number or a tensor (batch,), got {value!r}") from error
+    if per_row and value.ndim != 1:  # type: ignore[union-attr]
+        raise EditError(f"{op} of feature {feature}: one value for each row, shape (batch,); got {tuple(value.shape)}")  # type: ignore[union-attr]
+    if not len(column) or column.isinf().any() or (column.isnan().any() and not per_row):
+        raise EditError(f"{op} of feature {feature}: the strength must be finite, got {value}")
+    return column
+
+
+def check_tokens(tokens: str | Tensor) -> str | Tensor:
+    """A choice of tokens that can be meant: one of TOKENS, or a copy of a boolean mask. Raises EditError."""
+    if isinstance(tokens, Tensor):
+        if tokens.dtype != torch.bool or tokens.ndim not in (1, 2):
+            raise EditError(
+                f"a mask of tokens is boolean, (tokens) or (batch, tokens); got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        return tokens.detach().clone()
+    if tokens not in TOKENS:
+        raise EditError(f"tokens must be one of {', '.join(TOKENS)}, or a boolean mask; got {tokens!r}")
+    return tokens
+
+
+def _from_dict(item: Mapping[str, Any]) -> Edit:
+    unknown = set(item) - {"op", "site", "features", "values", "tokens", "special_tokens", "only_if_active"}
+    if unknown:
+        raise EditError(f"an edit has no field {min(unknown)!r}")
+    rows = [[math.nan if v is None else float(v) for v in row] for row in item["values"]]
+    features = [_feature(f) for f in item["features"]]
+    if len(set(features)) != len(features) or {len(row) for row in rows} != {len(features)}:
+        raise EditError("an edit needs distinct features and, in each row of values, one value a feature")
+    table = torch.tensor(rows)
+    values: dict[int, Strength] = {
+        f: (table[:, i] if len(rows) > 1 or bool(table.isnan().any()) else rows[0][i]) for i, f in enumerate(features)
+    }
+    tokens = item.get("tokens", "all")
+    return edit(
+        item["op"],
+        str(item["site"]),
+        values,
+        tokens=tokens if isinstance(tokens, str) else torch.tensor(tokens),
+        special_tokens=item.get("special_tokens", False),
+        only_if_active=item.get("only_if_active", False),
+    )

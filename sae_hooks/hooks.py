@@ -1,0 +1,235 @@
+"""What the model calls: one permanent hook a site, one at the door of the model, one before `generate`.
+
+While nothing is open a hook returns None after one attribute test, which torch.compile traces as a guard; while
+something is open the work runs outside the compiled graph, so what was compiled before never decides what is edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import edits, sites
+from .errors import EditError, SaeAttachError, SaeMismatchError
+from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .tokens import Generation
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def untraced(method: Method) -> Method:
+    """Run outside of what torch.compile traces: the graph breaks here, but only while something is open."""
+    return cast(Method, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
+
+
+class SiteHook:
+    """The permanent hook of one module and side: what the model calls. Copies and pickles of it do nothing."""
+
+    def __init__(self, runtime: Runtime, site: sites.Site) -> None:
+        self.runtime, self.site = runtime, site
+        self.slots: list[Slot] = []
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Forward hook: the module's output with the open requests applied, or None for as it is."""
+        if not self.runtime.active:
+            return None
+        return self._after(output)
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook: (args, kwargs) with the open requests applied, or None for as they are."""
+        if not self.runtime.active:
+            return None
+        return self._before(module, args, kwargs)
+
+    @untraced
+    def _after(self, output: Any) -> Any:
+        requests = self._requests()
+        if not requests:
+            return None
+        x = sites.read(output, str(self.site))
+        new = self._apply(x, requests)
+        return None if new is x else sites.write(output, new, str(self.site))
+
+    @untraced
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        requests = self._requests()
+        if not requests:
+            return None
+        place = sites.find_input(args, kwargs, str(self.site))
+        x = args[place] if isinstance(place, int) else kwargs[place]
+        new = self._apply(sites.normalize(x, module) if self.site.side == "normalized" else x, requests)
+        if new is x or self.site.side == "normalized":
+            return None
+        if isinstance(place, int):
+            return (*args[:place], new, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: new}
+
+    def _requests(self) -> list[Request]:
+        return [r for r in self.runtime.requests() if r.slot in self.slots]
+
+    def _apply(self, x: Tensor, requests: list[Request]) -> Tensor:
+        here, local = str(self.site), self.runtime.local
+        for request in requests:
+            slot = request.slot
+            if str(slot.read) != here:
+                continue
+            if x.shape[-1] != slot.sae.d_in:
+                raise SaeMismatchError(
+                    f"the SAE {slot.name!r} reads {slot.sae.d_in} values, {here} gives {x.shape[-1]}"
+                )
+            if isinstance(request, WatchRequest):
+                chosen = self.runtime.select(request, x, here)
+                request.sink(x, everything(x) if chosen is None else chosen, self.runtime.current())
+            elif slot.crosses:
+                local.__dict__.setdefault("stash", {})[slot] = x
+        writing = [r for r in requests if not isinstance(r, WatchRequest) and str(r.slot.write) == here]
+        return self._rewrite(x, writing) if writing else x
+
+    def _rewrite(self, x: Tensor, requests: list[Request]) -> Tensor:
+        """x (..., d_out) with splices and edits applied at the chosen positions; all read the same activations.
+
+        Untouched positions go through float32 and back, which changes no bit.
+        """
+        new = x.to(torch.promote_types(x.dtype, torch.float32))
+        for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
+            source = self._source(request.slot, x)
+            chosen = self.runtime.select(request, source, str(self.site))
+            if isinstance(request, EditRequest):
+                changed = new + self._change(request, source, x)
+                new = changed if chosen is None else torch.where(chosen.unsqueeze(-1), changed, new)
+            else:
+                new = _splice(new, request, source, everything(x) if chosen is None else chosen)
+        if x.dtype == torch.float16 and float(new.detach().abs().max()) > torch.finfo(x.dtype).max:
+            raise EditError(
+                f"{self.site}: the edited activations overflow float16; use a smaller strength, or bfloat16"
+            )
+        return new.to(x.dtype)
+
+    def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
+        """What an edit adds to x (..., d_out), before positions are chosen."""
+        rows, now = _rows(request, x), self.runtime.current()
+        batch = now.shape[0] if now.shape else x.shape[0]
+        acts = None
+        if rows.reads:
+            wide = source.to(rows.W_enc.dtype)
+            wide = wide if wide.ndim == 3 else wide.reshape(batch, -1, source.shape[-1])
+            acts = rows.acts(wide) if rows.threshold is not None else _topk_acts(request, wide)
+        change = rows.change(acts, now.group, batch) @ rows.W_dec
+        return change if x.ndim == 3 else change.expand(batch, len(x) // batch, -1).reshape(x.shape)
+
+    def _source(self, slot: Slot, x: Tensor) -> Tensor:
+        """What the slot's SAE reads: x itself, or what its other hook saw earlier in this pass."""
+        if not slot.crosses:
+            return x
+        stash: dict[Slot, Tensor] = self.runtime.local.__dict__.get("stash", {})
+        if slot not in stash:
+            raise SaeAttachError(f"{slot.write} ran before {slot.read}, which the SAE {slot.name!r} reads")
+        return stash[slot].to(x.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
+        return _inert()
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class PassHook:
+    """Forward pre-hook of the model (and of the model inside it): notes the tokens of a pass while a request is
+    open."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the pass; changes nothing."""
+        if self.runtime.active:
+            self._before(module, args, kwargs)
+
+    @untraced
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.runtime.begin(module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PassHook:
+        return _inert_pass()
+
+    def __reduce__(self) -> Any:
+        return _inert_pass, ()
+
+
+class GenerateHook:
+    """Stands before model.generate: tells the hooks what is prompt and what is padding. Copies are the plain method."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, plain: Callable[..., Any]) -> None:
+        self.runtime, self.model, self.plain = runtime, model, plain
+        self.__doc__, self.__name__, self.__wrapped__ = plain.__doc__, "generate", plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        local, before = self.runtime.local, getattr(self.runtime.local, "generation", None)
+        encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        generation = None if encoder else Generation.of(args, kwargs)
+        local.generation, local.current = generation, None
+        try:
+            result = self.plain(*args, **kwargs)
+        finally:
+            local.generation, local.current = before, None
+        text = getattr(result, "sequences", result)
+        if generation is not None and isinstance(text, Tensor):
+            generation.length = text.shape[-1]
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.model))
+        return type(self.model).generate.__get__(copied)  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.model, "generate")
+
+
+def _inert() -> SiteHook:
+    hook = SiteHook.__new__(SiteHook)
+    hook.runtime, hook.slots = Runtime(frozenset()), []
+    return hook
+
+
+def _inert_pass() -> PassHook:
+    return PassHook(Runtime(frozenset()))
+
+
+def everything(x: Tensor) -> Tensor:
+    """The selection of every position of x (..., d)."""
+    return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _reconstructions_first(request: Request) -> bool:
+    return isinstance(request, EditRequest)
+
+
+def _splice(new: Tensor, request: Request, source: Tensor, chosen: Tensor) -> Tensor:
+    """Put what is rebuilt from source[chosen] in place of new[chosen]; returns a new tensor."""
+    assert isinstance(request, SpliceRequest)
+    sae = request.slot.on(new.device)
+    rebuilt = request.rebuild(sae, source[chosen].to(new.dtype), new[chosen]).to(new.dtype)
+    return new.index_put(tuple(chosen.nonzero(as_tuple=True)), rebuilt)
+
+
+def _topk_acts(request: EditRequest, x: Tensor) -> Tensor:
+    """TopK couples the features, so its k activations come from a full encode."""
+    return request.slot.on(x.device).encode(x)[..., list(request.edit.features)]
+
+
+def _rows(request: EditRequest, x: Tensor) -> edits.Rows:
+    """The edit's k rows on x's device, made once."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    key = (x.device, x.dtype)
+    if key not in request.rows:
+        sae, edit = request.slot.sae, request.edit
+        picked = torch.tensor(edit.features, device=sae.device)
+        edits.check_range(edit, sae.W_dec[picked], x.dtype)
+        exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
+        W_enc, b_enc, W_dec, gain, shift = (t.detach().to(x.device, dtype) for t in exact)
+        threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(x.device, dtype)
+        request.rows[key] = edits.Rows(W_enc, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads)
+    return request.rows[key]

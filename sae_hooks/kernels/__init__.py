@@ -1,0 +1,8 @@
+"""The arithmetic of an SAE on plain tensors: one place that decides which implementation runs.
+
+Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
+"""
+
+from .torch_ops import Csr, decode_sparse, encode_sparse, linear, topk_sparse
+
+__all__ = ["Csr", "decode_sparse", "encode_sparse", "linear", "topk_sparse"]

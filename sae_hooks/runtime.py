@@ -1,0 +1,253 @@
+"""What is open on a model: the attached SAEs, the requests (edits, splices, captures), and who may open them.
+
+The hooks (hooks.py) ask a `Runtime` what to do; `model.saes` (saes.py) opens and closes requests on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import edits, sites
+from .errors import EditError, SaeAttachError
+from .sae import SAE
+from .tokens import Pass
+
+SINK_MULTIPLE = 10.0  # of the site's typical norm: attention sinks lie far above, ordinary tokens far below
+
+
+@dataclass(eq=False)
+class Slot:
+    """One attached SAE: its name in model.saes, where it reads and writes, and the weights once they are loaded."""
+
+    name: str
+    read: sites.Site
+    write: sites.Site
+    load: Callable[[], SAE]
+    _on: dict[torch.device, SAE] = field(default_factory=dict)
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE, loaded at first use; raises what loading raises, and stays unloaded then."""
+        if not self._on:
+            sae = self.load()
+            self._on[sae.device] = sae
+        return next(iter(self._on.values()))
+
+    @property
+    def typical_norm(self) -> float | None:
+        """Usual L2 norm of the site's activations, if it is stored with the SAE."""
+        value = self.sae.metadata.get("typical_norm")
+        return float(value) if value else None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it reads one place and writes another (transcoders)."""
+        return str(self.read) != str(self.write)
+
+    @property
+    def loaded(self) -> bool:
+        return bool(self._on)
+
+    def on(self, device: torch.device) -> SAE:
+        """The SAE with its weights on a device; the first one is never moved, a copy is kept for each other device."""
+        if device not in self._on:
+            own = self.sae
+            tensors = {name: p.detach().to(device) for name, p in own.named_parameters()}
+            self._on[device] = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
+        return self._on[device]
+
+
+class Tally:
+    """Counts chosen positions without making an accelerator wait: masks are summed when somebody asks."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._masks: list[Tensor] = []
+
+    def add(self, chosen: Tensor | int) -> None:
+        """Count a mask, or a number."""
+        if isinstance(chosen, int):
+            self._total += chosen
+            return
+        self._masks.append(chosen)
+        if len(self._masks) > 256:
+            self.total()
+
+    def total(self) -> int:
+        """Positions counted so far."""
+        masks, self._masks = self._masks, []
+        self._total += sum(int(mask.sum()) for mask in masks)
+        return self._total
+
+
+@dataclass(eq=False)
+class Request:
+    """Something open: what it selects; the positions it has touched, and all that it was asked for."""
+
+    slot: Slot
+    tokens: str | Tensor = "all"
+    special_tokens: bool = False
+    open: bool = True
+    touched: Tally = field(default_factory=Tally)
+    asked: Tally = field(default_factory=Tally)
+
+
+@dataclass(eq=False)
+class EditRequest(Request):
+    """An edit, with its rows kept ready for each (device, dtype)."""
+
+    edit: edits.Edit = None  # type: ignore[assignment]
+    rows: dict[tuple[torch.device, torch.dtype], edits.Rows] = field(default_factory=dict)
+
+
+def reconstruct(sae: SAE, x: Tensor, target: Tensor) -> Tensor:
+    """What a splice writes by default in place of target (n, d_out): x_hat of x (n, d_in)."""
+    x_hat: Tensor = sae(x)
+    return x_hat
+
+
+@dataclass(eq=False)
+class SpliceRequest(Request):
+    """Write something computed from the activations in their place."""
+
+    rebuild: Callable[[SAE, Tensor, Tensor], Tensor] = reconstruct
+
+
+@dataclass(eq=False)
+class WatchRequest(Request):
+    """Hand the activations of each pass to `sink`: (x as read, boolean selection shaped like x[..., 0], the pass)."""
+
+    sink: Callable[[Tensor, Tensor, Pass], None] = None  # type: ignore[assignment]
+
+
+class Runtime:
+    """The open requests of one model, and the forward pass that each thread is in."""
+
+    def __init__(self, special_ids: frozenset[int]) -> None:
+        self.active = False  # the only thing a compiled graph looks at
+        self.special_ids = special_ids
+        self.everywhere: tuple[Request, ...] = ()
+        self.in_context: ContextVar[tuple[Request, ...]] = ContextVar("sae_hooks", default=())
+        self.local = threading.local()
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._contexts = 0
+
+    def open(self, requests: Sequence[Request], scope: str) -> None:
+        """Make requests effective. Raises EditError or SaeAttachError, and then none of them is."""
+        with self._lock:
+            if scope == "context":
+                self._check_edits((*self.everywhere, *self.in_context.get()), requests)
+                self.in_context.set((*self.in_context.get(), *requests))
+                self._contexts += 1
+            elif scope == "model":
+                self._check_thread()
+                self._check_edits(self.everywhere, requests)
+                self.everywhere, self._owner = (*self.everywhere, *requests), threading.get_ident()
+            else:
+                raise EditError(f'scope must be "model" or "context", got {scope!r}')
+            self.active = True
+
+    def close(self, requests: Sequence[Request]) -> None:
+        """End requests; those that have ended already are let be."""
+        closing = [r for r in requests if r.open]
+        with self._lock:
+            for request in closing:
+                request.open = False
+            if closing and closing[0] not in self.everywhere:
+                self._contexts -= 1
+            self.everywhere = tuple(r for r in self.everywhere if r.open)
+            self.in_context.set(tuple(r for r in self.in_context.get() if r.open))
+            self.active = bool(self.everywhere) or self._contexts > 0
+
+    def requests(self) -> tuple[Request, ...]:
+        """What is open for the code that runs here and now."""
+        here = self.in_context.get()
+        return (*self.everywhere, *(r for r in here if r.open)) if here else self.everywhere
+
+    def begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
+        current: Pass | None = getattr(self.local, "current", None)
+        new = Pass.of(args, kwargs, getattr(self.local, "generation", None))
+        inside = current is not None and id(owner) not in current.owners
+        if current is None or not inside or (new.ids is not None and new.ids is not current.ids):
+            current = self.local.current = new
+            self.local.stash = {}
+        current.owners.add(id(owner))
+
+    def current(self) -> Pass:
+        """The pass that this thread is in."""
+        found: Pass | None = getattr(self.local, "current", None)
+        if found is None or found.shape is None:
+            return Pass(None, None, None, 0, None)
+        return found
+
+    def special(self, device: torch.device) -> Tensor:
+        """Ids (n,) of special tokens, on a device."""
+        cache = self.local.__dict__.setdefault("special", {})
+        key = (device, self.special_ids)
+        if key not in cache:
+            cache[key] = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=device)
+        found: Tensor = cache[key]
+        return found
+
+    def select(self, request: Request, x: Tensor, where: str) -> Tensor | None:
+        """The positions that a request touches, boolean and shaped like x without its last dimension, or None for
+        all."""
+        now = self.current()
+        asked = now.chosen(request.tokens, None)
+        chosen = asked
+        if not request.special_tokens:
+            special = self.special(now.ids.device if now.ids is not None else x.device)
+            chosen = now.chosen(request.tokens, special)
+        chosen = None if chosen is None else fit(chosen, now, x, where)
+        typical = None if request.special_tokens else request.slot.typical_norm
+        if typical is not None:
+            ordinary = x.detach().float().norm(dim=-1) <= SINK_MULTIPLE * typical
+            chosen = ordinary if chosen is None else chosen & ordinary
+        positions = x.numel() // max(x.shape[-1], 1)
+        request.asked.add(positions if asked is None else asked if now.shape is None else asked.expand(now.shape))
+        request.touched.add(positions if chosen is None else chosen)
+        return chosen
+
+    def _check_thread(self) -> None:
+        if self.everywhere and self._owner != threading.get_ident():
+            raise SaeAttachError(
+                "another thread has an edit, splice or capture open on this model, and both would reach every "
+                "pass. Either run the requests as rows of one batch, with a tensor of strengths (one value "
+                'a row), or open each with scope="context" in the thread that calls the model'
+            )
+
+    def _check_edits(self, present: Sequence[Request], new: Sequence[Request]) -> None:
+        seen = [r.edit for r in present if isinstance(r, EditRequest)]
+        spliced = {str(r.slot.write) for r in present if isinstance(r, SpliceRequest)}
+        for request in new:
+            if isinstance(request, EditRequest):
+                edits.check(request.edit, request.slot.sae.d_sae, seen)
+                seen.append(request.edit)
+            if isinstance(request, SpliceRequest):
+                if str(request.slot.write) in spliced:
+                    raise EditError(f"{request.slot.write} is spliced already; only one reconstruction can stand there")
+                spliced.add(str(request.slot.write))
+
+
+def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:
+    """A selection (batch, tokens) in the layout of x: (batch, tokens, d), or (batch * tokens, d)."""
+    leading = x.shape[:-1]
+    whole = chosen if now.shape is None else chosen.expand(now.shape)
+    whole = whole.to(x.device)
+    if leading == whole.shape:
+        return whole
+    if leading == (whole.numel(),):
+        return whole.flatten()
+    raise SaeAttachError(
+        f"{where} gives activations {tuple(x.shape)} for tokens {tuple(whole.shape)}; positions cannot be told "
+        'there. Pass special_tokens=True and tokens="all" to touch all of them'
+    )

@@ -1,0 +1,232 @@
+"""The sparse autoencoder: one equation, two gates.
+
+    pre = x W_enc + b_enc;   acts = gate(pre);   x_hat = acts W_dec + b_dec (+ x W_skip)
+
+The gate is a threshold per feature (JumpReLU, arXiv 2407.14435 eq. 8; ReLU is threshold 0; BatchTopK at inference is
+one threshold for all) or TopK (arXiv 2406.04093). Every published format is folded into these tensors when it is
+loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .errors import SaeMismatchError
+
+EXACT = ("b_enc", "b_dec", "threshold")  # a thousandth of the memory, and they decide which features fire
+
+
+class SAE(nn.Module):
+    """A trained SAE on plain tensors, for inference; `sae_hooks.training` borrows it to train.
+
+    W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_out), b_dec (d_out), and either threshold (d_sae), >= 0, or k,
+    the number of features that TopK keeps; W_skip (d_in, d_out) for transcoders with an affine skip. The tensors are
+    taken over without a copy where they already lie as needed: W_enc has the field's shape, but is kept feature-major
+    in memory (`W_enc.T` is contiguous), so that a feature is one contiguous row. Biases and thresholds stay float32
+    when the SAE is moved to a half dtype. Parameters start with requires_grad False.
+
+    `site` is where x is read, as a module path with its side ("model.layers.20.output"); `site_out` where x_hat belongs
+    (another place only for transcoders). `metadata` is a JSON-like dict that travels with the weights; inference reads
+    `typical_norm` from it: the usual L2 norm of the site's activations, against which attention sinks are told.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+    W_skip: Tensor | None
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        *,
+        threshold: Tensor | None = None,
+        k: int | None = None,
+        W_skip: Tensor | None = None,
+        site: str | None = None,
+        site_out: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shapes(W_enc, b_enc, W_dec, b_dec, threshold, k, W_skip)
+        self.W_enc = _parameter(W_enc.T.contiguous().T)
+        self.W_dec = _parameter(W_dec.contiguous())
+        self.b_enc, self.b_dec = _parameter(_exact(b_enc)), _parameter(_exact(b_dec))
+        self.threshold = None if threshold is None else _parameter(_exact(threshold))
+        self.W_skip = None if W_skip is None else _parameter(W_skip.contiguous())
+        self.k = k
+        self.site, self.site_out = site, site_out or site
+        self.metadata: dict[str, Any] = dict(metadata or {})
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations that are read."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the activations that are reconstructed; d_in except for some transcoders."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_enc.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrices are stored in."""
+        return self.W_enc.dtype
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
+        self._check_width(x, self.d_in)
+        return kernels.linear(x.flatten(0, -2), self.W_enc.T, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
+        return self.gate(self.pre_activations(x))
+
+    def gate(self, pre: Tensor) -> Tensor:
+        """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
+        if self.threshold is not None:
+            return pre * (pre > self.threshold)
+        assert self.k is not None
+        values, indices = pre.relu().topk(self.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
+
+    def encode_sparse(self, x: Tensor) -> kernels.Csr:
+        """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
+        sizes.
+
+        With thresholds, [n, d_sae] is never held; TopK takes the full path in slices of tokens.
+        """
+        self._check_width(x, self.d_in)
+        flat = x.flatten(0, -2)
+        if self.threshold is not None:
+            return kernels.encode_sparse(flat, self.W_enc.T, self.b_enc, self.threshold)
+        return kernels.topk_sparse(self.encode(flat))
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
+        self._check_width(acts, self.d_sae)
+        if self.W_dec.dtype in (torch.float32, torch.float64):
+            dtype = torch.promote_types(acts.dtype, self.W_dec.dtype)
+            return acts.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
+        x_hat = kernels.decode_sparse(*kernels.topk_sparse(acts.flatten(0, -2)), self.W_dec, self.b_dec)
+        return x_hat.reshape(*acts.shape[:-1], self.d_out)
+
+    def skip(self, x: Tensor) -> Tensor | float:
+        """What an affine skip adds to the reconstruction of x (..., d_in): (..., d_out), or 0.0 without one."""
+        if self.W_skip is None:
+            return 0.0
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.to(dtype) @ self.W_skip.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
+        if self.threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
+            x_hat = self.decode(self.encode(x))
+        else:
+            x_hat = kernels.decode_sparse(*self.encode_sparse(x), self.W_dec, self.b_dec)
+            x_hat = x_hat.reshape(*x.shape[:-1], self.d_out)
+        return (x_hat + self.skip(x)).to(x.dtype)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.
+
+        Each file is replaced whole or not at all. Raises OSError if the folder cannot be written.
+        """
+        from .hub import save_pretrained  # upward: hub.py is the only file that touches weights on disk
+
+        return save_pretrained(self, folder)
+
+    def push_to_hub(
+        self, repo_id: str, *, path_in_repo: str = "", token: str | None = None, private: bool = False
+    ) -> str:
+        """Upload what save_pretrained writes, as one commit; returns its address. Makes the repository if needed."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, path_in_repo=path_in_repo, token=token, private=private)
+
+    def extra_repr(self) -> str:
+        """One line for repr: sizes, gate, site."""
+        gate = f"top {self.k}" if self.threshold is None else "jumprelu"
+        return f"{self.d_in} -> {self.d_sae} -> {self.d_out}, {gate}, site={self.site!r}, {self.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        exact = {name: p for name in EXACT if (p := getattr(self, name)) is not None}
+        kept = {name: p.detach() for name, p in exact.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new.dtype not in (torch.float32, torch.float64):
+                new.data = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+    def _wants_grad(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+
+    def _check_width(self, x: Tensor, width: int) -> None:
+        if x.shape[-1] != width:
+            what = "features" if width == self.d_sae else "activations"
+            raise SaeMismatchError(f"the SAE at {self.site!r} takes {what} of width {width}, got {tuple(x.shape)}")
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_shapes(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor | None,
+    k: int | None,
+    W_skip: Tensor | None,
+) -> None:
+    """Raise SaeMismatchError naming every tensor that does not fit the others."""
+    if W_enc.ndim != 2 or W_dec.ndim != 2:
+        raise SaeMismatchError(f"W_enc and W_dec must be matrices, got {tuple(W_enc.shape)} and {tuple(W_dec.shape)}")
+    if (threshold is None) == (k is None):
+        raise SaeMismatchError("give exactly one gate: threshold (per feature) or k (TopK)")
+    (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+    expected = {
+        "W_dec": (W_dec, (d_sae, d_out)),
+        "b_enc": (b_enc, (d_sae,)),
+        "b_dec": (b_dec, (d_out,)),
+        "threshold": (threshold, (d_sae,)),
+        "W_skip": (W_skip, (d_in, d_out)),
+    }
+    wrong = [
+        f"{name} is {tuple(t.shape)}, expected {shape}"
+        for name, (t, shape) in expected.items()
+        if t is not None and tuple(t.shape) != shape
+    ]
+    if wrong:
+        raise SaeMismatchError(f"with W_enc {tuple(W_enc.shape)}: " + "; ".join(wrong))
+    if k is not None and not 0 < k <= d_sae:
+        raise SaeMismatchError(f"k must be between 1 and {d_sae}, got {k}")
+    if threshold is not None and not bool((threshold >= 0).all()):
+        at = int((~(threshold >= 0)).nonzero()[0])
+        raise SaeMismatchError(f"thresholds must be >= 0; feature {at} has {float(threshold[at])}")

@@ -1,0 +1,314 @@
+"""`model.saes`: the attached SAEs as a mapping, and what can be asked of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+from warnings import warn
+
+from torch import Tensor, nn
+
+from . import check, edits, sites
+from .capture import Captured
+from .edits import Edit, Edits, Strength
+from .errors import EditError, SaeAttachError, SaeWarning
+from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .sae import SAE
+
+
+class Handle:
+    """Something open on a model: ends with the `with` block, or by `remove()`. Opened when it is made.
+
+    `edits` is what it does, as values that can be shared; `positions_edited` and `positions_skipped` count, over all
+    forward passes so far, the tokens that were touched and those that were asked for but left alone (special tokens,
+    sinks).
+    """
+
+    def __init__(self, runtime: Runtime, requests: list[Request], scope: str) -> None:
+        self._runtime, self._requests = runtime, requests
+        runtime.open(requests, scope)
+
+    @property
+    def edits(self) -> Edits:
+        """The edits of this handle; none for a splice or capture."""
+        return Edits(tuple(r.edit for r in self._requests if isinstance(r, EditRequest)))
+
+    def to_json(self) -> str:
+        """The edits as the document that `model.saes.apply` takes."""
+        return self.edits.to_json()
+
+    @property
+    def positions_edited(self) -> int:
+        """Positions touched so far, over all passes and sites."""
+        return sum(r.touched.total() for r in self._requests)
+
+    @property
+    def positions_skipped(self) -> int:
+        """Positions asked for, but left alone: special tokens and attention sinks."""
+        return sum(r.asked.total() for r in self._requests) - self.positions_edited
+
+    def remove(self) -> None:
+        """End it; a second time does nothing. Warns (SaeWarning) if no position was ever touched."""
+        if not any(r.open for r in self._requests):
+            return
+        self._runtime.close(self._requests)
+        if not self.positions_edited:
+            warn(
+                f"{self!r} touched no position: no forward pass ran inside it, or none had a token that it selects "
+                f"({self.positions_skipped} special tokens or attention sinks were left alone)",
+                SaeWarning,
+                stacklevel=3,
+            )
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._runtime.close(self._requests)
+        self.remove()
+
+    def __repr__(self) -> str:
+        what = [
+            f"{r.edit.op} {len(r.edit.features)} features at {r.edit.site}"
+            if isinstance(r, EditRequest)
+            else f"{type(r).__name__.removesuffix('Request').lower()} at {r.slot.name}"
+            for r in self._requests
+        ]
+        return f"<{'; '.join(what)}; {'open' if any(r.open for r in self._requests) else 'closed'}>"
+
+
+class CaptureHandle(Handle):
+    """A capture that is open; entering it gives the `Captured` features."""
+
+    def __init__(self, runtime: Runtime, requests: list[Request], scope: str, captured: Captured) -> None:
+        super().__init__(runtime, requests, scope)
+        self.captured = captured
+
+    def __enter__(self) -> Captured:  # type: ignore[override]
+        return self.captured
+
+
+class Saes(Mapping[str, SAE]):
+    """The SAEs attached to one model, by name (their site, unless another name was given); weights load at first use.
+
+    Edits return a `Handle`: a context manager, also removed by `.remove()`. Keywords that they share:
+
+    layer, site, name: which SAE; needed where several are attached. `site` is a path with its side, or an alias.
+    tokens: "all", "prompt" (what `generate` was given), "generated", or a boolean mask (tokens) or (batch, tokens).
+    special_tokens: False leaves alone BOS, EOS and padding (by token id and attention mask) and attention sinks (norm
+    above
+        10 times the `typical_norm` stored with the SAE). `model.saes.special_ids` holds the ids and may be set.
+    only_if_active: touch a feature only where it fires.
+    scope: "model", seen by every thread, or "context", seen by the code that opened it (ContextVar).
+
+    A strength is a number or a tensor (batch,), one for each row; NaN leaves a row untouched.
+    """
+
+    def __init__(self, model: nn.Module, runtime: Runtime, installed: Any, detach: Callable[[nn.Module], None]) -> None:
+        self._model, self._runtime, self._installed, self._detach = model, runtime, installed, detach
+        self._slots: dict[str, Slot] = {}
+
+    def __getitem__(self, name: str) -> SAE:
+        return self._pick(name=name).sae
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {name}: {slot.sae.extra_repr() if slot.loaded else 'not loaded yet'}"
+            for name, slot in self._slots.items()
+        ]
+        return "\n".join([f"{len(self)} SAEs attached to {type(self._model).__name__}", *lines])
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that edits leave alone: BOS, EOS and padding of the model's configs, unless set otherwise."""
+        return self._runtime.special_ids
+
+    @special_ids.setter
+    def special_ids(self, ids: Iterable[int]) -> None:
+        self._runtime.special_ids = frozenset(int(i) for i in ids)
+
+    def clamp(self, values: Mapping[int, Strength], **where: Any) -> Handle:
+        """Set each feature's activation to its value, whether or not it fired. Raises EditError before anything
+        changes."""
+        return self._edit("clamp", values, **where)
+
+    def scale(self, factors: Mapping[int, Strength], **where: Any) -> Handle:
+        """Multiply each feature's activation by its factor."""
+        return self._edit("scale", factors, **where)
+
+    def add(self, amounts: Mapping[int, Strength], **where: Any) -> Handle:
+        """Add amount times the feature's decoder row, whatever the feature does; costs no encoding."""
+        return self._edit("add", amounts, **where)
+
+    def ablate(self, features: Iterable[int], **where: Any) -> Handle:
+        """Set features to 0: what does the model lose without them?"""
+        listed = list(features)
+        if len(set(listed)) != len(listed):
+            raise EditError(f"ablate names a feature twice: {listed}")
+        return self._edit("clamp", dict.fromkeys(listed, 0.0), **where)
+
+    def apply(self, document: str | Edits, *, scope: str = "model") -> Handle:
+        """Open edits that were shared (`handle.edits`, or its JSON); all of them or, on any error, none."""
+        shared = Edits.from_json(document) if isinstance(document, str) else document
+        return Handle(self._runtime, [self._request(e, self._pick(name=e.site)) for e in shared], scope)
+
+    def splice(
+        self,
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        name: str | None = None,
+        keep_error: bool = False,
+        tokens: str | Tensor = "all",
+        special_tokens: bool = False,
+        scope: str = "model",
+    ) -> Handle:
+        """Put the reconstruction x_hat in place of x, at all attached sites or the one named.
+
+        Edits that are open apply to the features before they are decoded. keep_error=True keeps the reconstruction
+        error, so that without edits nothing changes at all.
+        """
+        slots = [] if keep_error else self._several(layer, site, name)
+        chosen = edits.check_tokens(tokens)
+        return Handle(self._runtime, [SpliceRequest(s, chosen, special_tokens) for s in slots], scope)
+
+    def capture(
+        self,
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        name: str | None = None,
+        special_tokens: bool = False,
+        scope: str = "model",
+    ) -> CaptureHandle:
+        """Collect the features of every forward pass inside the block: `with model.saes.capture() as features`.
+
+        `features[name]` is a SparseFeatures with a row for each token computed; see `Captured`. Features are those of
+        the activations that reach the site, before edits at that site.
+        """
+        slots = self._several(layer, site, name)
+        captured = Captured({s.name: s.on for s in slots})
+        requests: list[Request] = [
+            WatchRequest(s, special_tokens=special_tokens, sink=captured.sink(s.name)) for s in slots
+        ]
+        return CaptureHandle(self._runtime, requests, scope, captured)
+
+    def check(
+        self, inputs: Any, *, layer: int | None = None, site: str | None = None, name: str | None = None
+    ) -> check.Report:
+        """Judge the fit of SAE and model on `inputs`: FVU, L0, dead share, loss clean, spliced and zero-ablated, a
+        verdict.
+
+        inputs: token ids (batch, tokens), or a mapping with input_ids and attention_mask. Changes nothing.
+        """
+        return check.check(self._model, self._runtime, self._several(layer, site, name), inputs)
+
+    def detach(self) -> None:
+        """Take all hooks out again; the model is as it was before the first attach."""
+        self._detach(self._model)
+
+    def _edit(
+        self,
+        op: str,
+        values: Mapping[int, Strength],
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        name: str | None = None,
+        tokens: str | Tensor = "all",
+        special_tokens: bool = False,
+        only_if_active: bool = False,
+        scope: str = "model",
+    ) -> Handle:
+        slot = self._pick(layer, site, name)
+        made = edits.edit(
+            op, slot.name, values, tokens=tokens, special_tokens=special_tokens, only_if_active=only_if_active
+        )
+        return Handle(self._runtime, [self._request(made, slot)], scope)
+
+    def _request(self, made: Edit, slot: Slot) -> EditRequest:
+        edits.check(made, self._ready(slot).sae.d_sae)
+        return EditRequest(slot, made.tokens, made.special_tokens, edit=made)
+
+    def _several(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
+        found = self._matching(layer, site, name)
+        return [self._ready(slot) for slot in found]
+
+    def _pick(self, layer: int | None = None, site: str | None = None, name: str | None = None) -> Slot:
+        found = self._matching(layer, site, name)
+        if len(found) > 1:
+            names = ", ".join(slot.name for slot in found)
+            raise EditError(f"{len(found)} SAEs are attached; say which, by layer=, site= or name=: {names}")
+        return found[0]
+
+    def _matching(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
+        found = [
+            s
+            for s in self._slots.values()
+            if (name is None or _named(s, name))
+            and (layer is None or _layer(s) == layer)
+            and (site is None or self._at(s, site))
+        ]
+        if not found:
+            asked = ", ".join(
+                f"{k}={v!r}" for k, v in {"layer": layer, "site": site, "name": name}.items() if v is not None
+            )
+            raise EditError(
+                f"no SAE with {asked or 'any name'} is attached; there are: {', '.join(self._slots) or 'none'}"
+            )
+        return found
+
+    def _at(self, slot: Slot, site: str) -> bool:
+        layer = _layer(slot)
+        if site in sites.KINDS and layer is not None:
+            return str(sites.resolve(self._model, sites.alias(self._model, layer, site)[0])) == str(slot.read)
+        return _named(slot, site) or str(slot.read).endswith(site)
+
+    def _ready(self, slot: Slot) -> Slot:
+        """The slot with its weights loaded, after making sure that its hooks still stand in the model's way."""
+        for place in {slot.read, slot.write}:
+            modules = dict(self._model.named_modules(remove_duplicate=False))
+            if modules.get(place.path) is not place.module:
+                raise SaeAttachError(
+                    f"the module {place.path} was replaced since the SAE was attached (PEFT, quantisation?); "
+                    "detach and attach again"
+                )
+            inside = place.side != "output" or not re.search(r"\.\d+$", place.path)
+            if inside and self._model.training and getattr(self._model, "is_gradient_checkpointing", False):
+                raise SaeAttachError(
+                    f"{place} lies inside a layer that gradient checkpointing computes twice, the second time "
+                    "perhaps after the edit has ended; turn checkpointing off, or edit a layer's output"
+                )
+        slot.sae  # noqa: B018  (loads)
+        return slot
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saes:
+        return _copy()
+
+    def __reduce__(self) -> Any:
+        return _copy, ()
+
+
+def _copy() -> Saes:
+    """What a copy or pickle of a model carries in place of its SAEs: nothing attached."""
+    return Saes(nn.Module(), Runtime(frozenset()), None, lambda model: None)
+
+
+def _named(slot: Slot, name: str) -> bool:
+    return name in (slot.name, str(slot.read))
+
+
+def _layer(slot: Slot) -> int | None:
+    found = re.search(rf"(?:^|\.)(?:{'|'.join(sites.LAYER_LISTS)})\.(\d+)(?:\.|$)", slot.read.path)
+    return int(found[1]) if found else None

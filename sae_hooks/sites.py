@@ -1,0 +1,209 @@
+"""Sites: the places in a model that an SAE reads and writes.
+
+A site is a Hugging Face module path with its side: "model.layers.20.output", "model.layers.20.self_attn.o_proj.input".
+A third side, ".normalized", is what an RMSNorm gives before its gain (Gemma Scope 1's transcoders read it); it can only
+be read. People may say `layer=20, site="mlp_out"` instead: see `alias`.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SaeAttachError, SiteError
+
+SIDES = ("input", "output", "normalized")
+KINDS = ("resid_post", "mlp_out", "attn_out", "transcoder")
+OTHER_TOWERS = re.compile(r"vision|visual|audio|image|encoder(?!_decoder)")
+LAYER_LISTS = ("layers", "h", "blocks")
+
+# Within a decoder layer, first match wins. What a norm after the sub-layer gives (Gemma 2 and 3) is what the residual
+# stream receives.
+MLP_OUT = ("post_feedforward_layernorm.output", "mlp.output", "fc2.output")
+MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "fc1.input")
+ATTN_OUT = (
+    "self_attn.o_proj.input",
+    "attn.c_proj.input",
+    "attention.dense.input",
+    "self_attn.out_proj.input",
+    "self_attention.dense.input",
+    "self_attn.dense.input",
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in one model: the module that was found, the path it has there, and the side."""
+
+    path: str
+    side: str
+    module: nn.Module
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.side}"
+
+
+def resolve(model: nn.Module, site: str) -> Site:
+    """Find a site such as "model.layers.20.output" in a model, also inside PEFT, compiled and multimodal wrappers.
+
+    The path may be a suffix of the real one, or the real one a suffix of it. Raises SiteError naming what comes
+    nearest.
+    """
+    path, _, side = site.rpartition(".")
+    if side not in SIDES:
+        raise SiteError(f"a site ends in {', '.join('.' + s for s in SIDES)}; got {site!r}")
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    found = _by_suffix(path, modules)
+    if len(found) == 1:
+        return Site(found[0], side, modules[found[0]])
+    if found:
+        raise SiteError(
+            f"{site!r} fits {len(found)} modules of {type(model).__name__}: {', '.join(found[:5])}; give the full path"
+        )
+    raise SiteError(_unknown(model, path, modules))
+
+
+def alias(model: nn.Module, layer: int, kind: str = "resid_post") -> tuple[str, str]:
+    """The sites (read, written) that people call `layer=20, site="mlp_out"`; both the same except for transcoders.
+
+    resid_post: output of the decoder layer. mlp_out: what the MLP adds to the residual stream. attn_out: input of the
+    attention's output projection (heads concatenated), as Gemma Scope has it. transcoder: the MLP's input and output.
+    """
+    root = f"{layers_path(model)}.{layer}"
+    block = resolve(model, f"{root}.output").module
+    if kind == "resid_post":
+        return f"{root}.output", f"{root}.output"
+    if kind == "transcoder":
+        return f"{root}.{_first(block, MLP_IN, root)}", f"{root}.{_first(block, MLP_OUT, root)}"
+    if kind not in KINDS:
+        raise SiteError(f"site must be a module path with its side, or one of {', '.join(KINDS)}; got {kind!r}")
+    only = f"{root}.{_first(block, MLP_OUT if kind == 'mlp_out' else ATTN_OUT, root)}"
+    return only, only
+
+
+def layers_path(model: nn.Module) -> str:
+    """Path of the list of decoder layers of the (text) model. Raises SiteError if there is not exactly one."""
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    found: list[str] = [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in LAYER_LISTS
+        and isinstance(module, nn.ModuleList)
+        and depth in (None, len(module))
+        and not OTHER_TOWERS.search(name)
+    ]
+    if len(found) != 1:
+        raise SiteError(
+            f"cannot tell the decoder layers of {type(model).__name__} (candidates: {found or 'none'}); "
+            "give the site as a module path, such as 'model.layers.3.output'"
+        )
+    return found[0]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, also inside a multimodal wrapper; None where a model has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def width(model: nn.Module, site: Site) -> int | None:
+    """Size of the last dimension at a site, where the module tells it; None where only a forward pass would."""
+    module = getattr(site.module, "base_layer", site.module)  # PEFT's wrapper of a linear layer
+    if isinstance(module, nn.Linear):
+        return module.in_features if site.side == "input" else module.out_features
+    weight = getattr(module, "weight", None)
+    if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
+        return weight.shape[-1]
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's transposed linear layer
+        return weight.shape[0 if site.side == "input" else 1]
+    in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp)?$", site.path)
+    hidden = getattr(text_config(model), "hidden_size", None)
+    return hidden if in_layer and isinstance(hidden, int) else None
+
+
+def read(value: Any, where: str) -> Tensor:
+    """The hidden states (..., d) in a module's output: a tensor, or the first floating one of a tuple or list."""
+    if isinstance(value, Tensor):
+        return value
+    index = _hidden_index(value, where)
+    hidden: Tensor = value[index]
+    return hidden
+
+
+def write(value: Any, new: Tensor, where: str) -> Any:
+    """The same output with its hidden states replaced; tuples, lists and named tuples keep their type."""
+    if isinstance(value, Tensor):
+        return new
+    items = list(value)
+    items[_hidden_index(value, where)] = new
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def find_input(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> int | str:
+    """Where a module's hidden-state input stands: a position in args, or a name in kwargs ("hidden_states" first)."""
+    for i, value in enumerate(args):
+        if _is_hidden(value):
+            return i
+    for name in sorted(kwargs, key=lambda name: name != "hidden_states"):
+        if _is_hidden(kwargs[name]):
+            return name
+    raise SaeAttachError(f"{where}: no floating-point tensor among the module's inputs")
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """RMS-normalise x (..., d) without the norm's gain, with the norm's own epsilon; float32 inside, x's dtype out."""
+    eps = next((e for name in ("eps", "variance_epsilon") if (e := getattr(norm, name, None)) is not None), 1e-6)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _by_suffix(path: str, modules: dict[str, nn.Module]) -> list[str]:
+    if path in modules:
+        return [path]
+    parts = path.split(".")
+    for start in range(len(parts)):
+        if parts[start].isdigit():  # "0.mlp" would fit a layer of any list
+            break
+        suffix = ".".join(parts[start:])
+        found = [name for name in modules if name == suffix or name.endswith("." + suffix)]
+        if found:
+            text_only = [name for name in found if not OTHER_TOWERS.search(name)]
+            return text_only or found
+    return []
+
+
+def _unknown(model: nn.Module, path: str, modules: dict[str, nn.Module]) -> str:
+    number = re.search(r"\.(\d+)(\.|$)", path)
+    try:
+        depth = len(resolve(model, layers_path(model) + ".output").module)  # type: ignore[arg-type]
+    except SiteError:
+        depth = None
+    if depth is not None and number and int(number[1]) >= depth:
+        return f"{type(model).__name__} has layers 0 to {depth - 1}; the SAE is for layer {number[1]} ({path})"
+    near = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
+    return f"{type(model).__name__} has no module {path!r}; nearest: {', '.join(near) or 'none'}"
+
+
+def _first(block: nn.Module, candidates: tuple[str, ...], root: str) -> str:
+    names = {name for name, _ in block.named_modules()}
+    for candidate in candidates:
+        if candidate.rpartition(".")[0] in names:
+            return candidate
+    raise SiteError(f"{root} has none of {', '.join(candidates)}; give the site as a module path")
+
+
+def _hidden_index(value: Any, where: str) -> int:
+    if isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            if _is_hidden(item):
+                return i
+    raise SaeAttachError(
+        f"{where}: expected a tensor or a tuple that holds one, the module returned {type(value).__name__}"
+    )
+
+
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point()

@@ -1,0 +1,176 @@
+"""Which tokens a forward pass computes: their ids, padding, columns, and what is prompt or generated.
+
+Columns count from the first token of the (padded) input, so that a token has the same column with and without a KV
+cache, in a chunk of the prompt or whole, in a verified guess of prompt lookup or alone. The length of the prompt
+comes from the call of `generate`, never from the shape of a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import EditError, SaeAttachError
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of `generate`: rows, width of the prompt with padding, its mask (rows, width); the text's length once
+    known."""
+
+    rows: int
+    width: int
+    keep: Tensor | None
+    length: int | None = None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
+        """Read from generate's arguments; None where it starts from nothing."""
+        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
+        if prompt is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        keep = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return cls(prompt.shape[0], prompt.shape[1], keep)
+
+
+class Pass:
+    """One forward pass of the model.
+
+    shape (batch, tokens) or None where the model was given neither ids nor embeddings; ids (batch, tokens) or None;
+    mask (batch, columns) of what is not padding, from the first column on, or None; start, the column of the first
+    token.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int] | None,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        start: int | Tensor,
+        generation: Generation | None,
+    ) -> None:
+        self.shape, self.ids, self.start, self.generation = shape, ids, start, generation
+        self.group = shape[0] // generation.rows if shape and generation else 1  # beams, or return sequences
+        known = generation.keep if generation is not None and generation.keep is not None else None
+        self.mask = known.repeat_interleave(self.group, dim=0) if known is not None else mask
+        self.owners: set[int] = set()  # the modules that have begun with it
+        self._cached: dict[Any, Tensor | None] = {}
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
+        """Read from the arguments of a model's forward."""
+        _refuse_packed(kwargs)
+        ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        given = ids if ids is not None else embeds
+        shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
+        mask = kwargs.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if generation is not None and shape is not None and shape[0] % generation.rows:
+            generation = None  # not this generation's batch: another model inside the call
+        return cls(shape, ids, mask, _start(kwargs, mask, shape), generation)
+
+    def chosen(self, tokens: str | Tensor, special: Tensor | None) -> Tensor | None:
+        """Boolean (batch, tokens) of the positions to touch, or None for all; special ids (n,) and padding are left
+        out.
+
+        Pass special=None to include special tokens; padding is never included.
+        """
+        key = (tokens if isinstance(tokens, str) else id(tokens), special is not None)
+        if key not in self._cached:
+            parts = [self.keep(), self._tokens(tokens), self._ordinary(special)]
+            given = [part for part in parts if part is not None]
+            self._cached[key] = reduce(torch.logical_and, given) if given else None
+        return self._cached[key]
+
+    def columns(self, device: torch.device) -> Tensor:
+        """Column (tokens,) of each position, counted from the first token of the padded input."""
+        assert self.shape is not None
+        start = self.start.to(device) if isinstance(self.start, Tensor) else self.start
+        return torch.arange(self.shape[1], device=device) + start
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Place (batch, tokens) of each token among the real tokens of its row; padding gets that of the next token."""
+        assert self.shape is not None
+        columns = self.columns(device).expand(self.shape)
+        if self.mask is None:
+            return columns
+        padding_before = torch.nn.functional.pad((~self.mask).cumsum(1), (1, 0)).to(device)
+        return columns - padding_before.gather(1, columns.clamp(max=self.mask.shape[1]))
+
+    def keep(self) -> Tensor | None:
+        """(batch, tokens) of what is not padding, or None where nothing is."""
+        if self.mask is None or self.shape is None:
+            return None
+        known = self.mask.shape[1]
+        if isinstance(self.start, int) and self.start >= known:
+            return None
+        columns = self.columns(self.mask.device)
+        return self.mask[:, columns.clamp(max=known - 1)] | (columns >= known)
+
+    def _tokens(self, tokens: str | Tensor) -> Tensor | None:
+        if isinstance(tokens, Tensor):
+            return self._mask(tokens)
+        width = self.generation.width if self.generation is not None else None
+        if tokens == "all" or (width is None and tokens == "prompt") or self.shape is None:
+            return None
+        device = self.ids.device if self.ids is not None else torch.device("cpu")
+        if width is None:
+            return torch.zeros(self.shape[1], dtype=torch.bool, device=device).expand(self.shape)
+        generated = (self.columns(device) >= width).expand(self.shape)
+        return generated if tokens == "generated" else ~generated
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        if self.shape is None:
+            raise EditError("a mask of tokens needs the model's input_ids or inputs_embeds; this pass has neither")
+        batch, length = self.shape
+        rows = mask if mask.ndim == 2 else mask[None]
+        first = isinstance(self.start, int) and self.start == 0
+        whole = self.generation.width if self.generation else length if first else rows.shape[1]
+        if rows.shape[1] != whole or len(rows) not in (1, batch // self.group):
+            raise EditError(
+                f"the mask of tokens is {tuple(mask.shape)}, the input has {batch // self.group} rows of {whole} tokens"
+            )
+        rows = rows if self.ids is None else rows.to(self.ids.device)
+        columns = self.columns(rows.device)
+        chosen = rows[:, columns.clamp(max=whole - 1)] & (columns < whole)
+        return chosen.expand(batch, length) if len(chosen) == 1 else chosen.repeat_interleave(self.group, dim=0)
+
+    def _ordinary(self, special: Tensor | None) -> Tensor | None:
+        if special is None or not len(special):
+            return None
+        if self.ids is None:
+            raise EditError(
+                "this pass has no input_ids (inputs_embeds?), so special tokens cannot be told from others; "
+                "pass special_tokens=True to edit every position"
+            )
+        return (self.ids.unsqueeze(-1) != special).all(-1)
+
+
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    for value in (kwargs.get("input_ids"), *args[:1]):
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            return value
+    return None
+
+
+def _start(kwargs: dict[str, Any], mask: Tensor | None, shape: tuple[int, int] | None) -> int | Tensor:
+    """Tokens already in the KV cache: the column of the first token of this pass."""
+    cache: Any = kwargs.get("past_key_values")
+    if hasattr(cache, "get_seq_length"):
+        start: int | Tensor = cache.get_seq_length()
+        return start.clone() if isinstance(start, Tensor) else start
+    return max(mask.shape[1] - shape[1], 0) if mask is not None and shape is not None else 0
+
+
+def _refuse_packed(kwargs: dict[str, Any]) -> None:
+    if any(type(kwargs.get(name)).__name__.startswith("Paged") for name in ("past_key_values", "cache")):
+        raise SaeAttachError(
+            "continuous batching (generate_batch) packs the tokens of all requests into one row, so rows and "
+            "positions cannot be told; use generate"
+        )
