@@ -54,10 +54,9 @@ def attach_saes(
     """
     select = {"width": width, "l0": l0, "revision": revision, "token": token, "cache_dir": cache_dir}
     offers = list(_offers(model, source, layer, site, select, dtype))
-    root = _root(model)
+    present = _present(model)
+    root = _root(model) if present is None else present._model
     slots = _slots(root, offers, name)
-    saes = root.__dict__.get("saes")
-    present = saes if isinstance(saes, Saes) and saes._model is root else None
     _check_free(slots, present)
     if preload:
         for slot in slots:
@@ -68,11 +67,10 @@ def attach_saes(
 
 def detach_saes(model: nn.Module) -> None:
     """Take all SAEs out again; the model is as it was before the first attach. Without SAEs, does nothing."""
-    root = _root(model)
-    saes = root.__dict__.get("saes")
-    if isinstance(saes, Saes) and saes._model is root:
+    saes = _present(model)
+    if saes is not None:
         saes._installed.remove()
-        del root.__dict__["saes"]
+        del saes._model.__dict__["saes"]
         _forget_compiled()
 
 
@@ -105,6 +103,7 @@ class Offer:
     d_out: int | None
     where: str
     load: Callable[[], SAE]
+    owned: bool = True
 
 
 def _offers(
@@ -142,7 +141,7 @@ def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dty
         cast = {n: p.detach().to(dtype) if n.startswith("W_") else p.detach() for n, p in sae.named_parameters()}
         return SAE(**cast, k=sae.k, site=sae.site, site_out=sae.site_out, metadata=sae.metadata)
 
-    return Offer(read, write, None, None, sae.d_in, sae.d_out, repr(sae), load)
+    return Offer(read, write, None, None, sae.d_in, sae.d_out, repr(sae), load, owned=own is None)
 
 
 def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[Slot]:
@@ -160,7 +159,7 @@ def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[
             continue
         key = offer.site or str(read)
         named = key if name is None else name if len(offers) == 1 else f"{name}/{key}"
-        slots.append(Slot(named, read, write, offer.load))
+        slots.append(Slot(named, read, write, offer.load, offer.owned))
     if wrong:
         raise (SiteError if kinds == {SiteError} else SaeMismatchError)("\n".join(wrong))
     return slots
@@ -261,10 +260,14 @@ def _doors(model: nn.Module, path: str) -> list[nn.Module]:
 def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
     """Stand before `generate` of the innermost model that has it, so that PEFT and pipelines pass through too."""
     makers = [m for m in _ancestors(model, path) if hasattr(type(m), "generate")]
-    if not makers or isinstance(makers[-1].__dict__.get("generate"), GenerateHook):
+    if not makers:
         return
     maker = makers[-1]
     before = maker.__dict__.get("generate")
+    if isinstance(before, GenerateHook):
+        if before.runtime is not installed.runtime:
+            raise SaeAttachError("SAEs are attached already, through another wrapper of this model; use that or detach")
+        return
     maker.__dict__["generate"] = GenerateHook(installed.runtime, maker, maker.generate)  # type: ignore[arg-type]
 
     def undo() -> None:
@@ -278,6 +281,12 @@ def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
 def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
     parts = path.split(".")
     return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+
+
+def _present(model: nn.Module) -> Saes | None:
+    """The SAEs attached to this model, also when it was wrapped since; not those of the model it was copied from."""
+    saes = getattr(_root(model), "saes", None)
+    return saes if isinstance(saes, Saes) and any(m is saes._model for m in _root(model).modules()) else None
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -49,16 +49,16 @@ class SiteHook:
         requests = self._requests()
         if not requests:
             return None
-        x = sites.read(output, str(self.site))
+        x = sites.read(output, self.site.key)
         new = self._apply(x, requests)
-        return None if new is x else sites.write(output, new, str(self.site))
+        return None if new is x else sites.write(output, new, self.site.key)
 
     @untraced
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         requests = self._requests()
         if not requests:
             return None
-        place = sites.find_input(args, kwargs, str(self.site))
+        place = sites.find_input(args, kwargs, self.site.key)
         x = args[place] if isinstance(place, int) else kwargs[place]
         new = self._apply(sites.normalize(x, module) if self.site.side == "normalized" else x, requests)
         if new is x or self.site.side == "normalized":
@@ -71,10 +71,10 @@ class SiteHook:
         return [r for r in self.runtime.requests() if r.slot in self.slots]
 
     def _apply(self, x: Tensor, requests: list[Request]) -> Tensor:
-        here, local = str(self.site), self.runtime.local
+        here, local = self.site.key, self.runtime.local
         for request in requests:
             slot = request.slot
-            if str(slot.read) != here:
+            if slot.read.key != here:
                 continue
             if x.shape[-1] != slot.sae.d_in:
                 raise SaeMismatchError(
@@ -85,7 +85,7 @@ class SiteHook:
                 request.sink(x, everything(x) if chosen is None else chosen, self.runtime.current())
             elif slot.crosses:
                 local.__dict__.setdefault("stash", {})[slot] = x
-        writing = [r for r in requests if not isinstance(r, WatchRequest) and str(r.slot.write) == here]
+        writing = [r for r in requests if not isinstance(r, WatchRequest) and r.slot.write.key == here]
         return self._rewrite(x, writing) if writing else x
 
     def _rewrite(self, x: Tensor, requests: list[Request]) -> Tensor:
@@ -96,7 +96,7 @@ class SiteHook:
         new = x.to(torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
-            chosen = self.runtime.select(request, source, str(self.site))
+            chosen = self.runtime.select(request, source, self.site.key)
             if isinstance(request, EditRequest):
                 changed = new + self._change(request, source, x)
                 new = changed if chosen is None else torch.where(chosen.unsqueeze(-1), changed, new)

@@ -24,21 +24,32 @@ SINK_MULTIPLE = 10.0  # of the site's typical norm: attention sinks lie far abov
 
 @dataclass(eq=False)
 class Slot:
-    """One attached SAE: its name in model.saes, where it reads and writes, and the weights once they are loaded."""
+    """One attached SAE: its name in model.saes, where it reads and writes, and the weights once they are loaded.
+
+    `owned`: loaded by this library, which then moves it to where it is needed; a user's own SAE is copied instead.
+    """
 
     name: str
     read: sites.Site
     write: sites.Site
     load: Callable[[], SAE]
-    _on: dict[torch.device, SAE] = field(default_factory=dict)
+    owned: bool = True
+    _loaded: SAE | None = None
+    _copies: dict[torch.device, SAE] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def sae(self) -> SAE:
         """The SAE, loaded at first use; raises what loading raises, and stays unloaded then."""
-        if not self._on:
-            sae = self.load()
-            self._on[sae.device] = sae
-        return next(iter(self._on.values()))
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self.load()
+            return self._loaded
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._loaded is not None
 
     @property
     def typical_norm(self) -> float | None:
@@ -49,19 +60,19 @@ class Slot:
     @property
     def crosses(self) -> bool:
         """Whether it reads one place and writes another (transcoders)."""
-        return str(self.read) != str(self.write)
-
-    @property
-    def loaded(self) -> bool:
-        return bool(self._on)
+        return self.read.key != self.write.key
 
     def on(self, device: torch.device) -> SAE:
-        """The SAE with its weights on a device; the first one is never moved, a copy is kept for each other device."""
-        if device not in self._on:
-            own = self.sae
+        """The SAE with its weights on a device."""
+        own = self.sae
+        if own.device == device:
+            return own
+        if self.owned:
+            return own.to(device)
+        if device not in self._copies:
             tensors = {name: p.detach().to(device) for name, p in own.named_parameters()}
-            self._on[device] = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
-        return self._on[device]
+            self._copies[device] = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
+        return self._copies[device]
 
 
 class Tally:
@@ -227,15 +238,15 @@ class Runtime:
 
     def _check_edits(self, present: Sequence[Request], new: Sequence[Request]) -> None:
         seen = [r.edit for r in present if isinstance(r, EditRequest)]
-        spliced = {str(r.slot.write) for r in present if isinstance(r, SpliceRequest)}
+        spliced = {r.slot.write.key for r in present if isinstance(r, SpliceRequest)}
         for request in new:
             if isinstance(request, EditRequest):
                 edits.check(request.edit, request.slot.sae.d_sae, seen)
                 seen.append(request.edit)
             if isinstance(request, SpliceRequest):
-                if str(request.slot.write) in spliced:
+                if request.slot.write.key in spliced:
                     raise EditError(f"{request.slot.write} is spliced already; only one reconstruction can stand there")
-                spliced.add(str(request.slot.write))
+                spliced.add(request.slot.write.key)
 
 
 def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:

@@ -96,7 +96,7 @@ class SAE(nn.Module):
     def pre_activations(self, x: Tensor) -> Tensor:
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
         self._check_width(x, self.d_in)
-        return kernels.linear(x.flatten(0, -2), self.W_enc.T, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
+        return kernels.linear(x.reshape(-1, self.d_in), self.W_enc.T, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
@@ -117,7 +117,7 @@ class SAE(nn.Module):
         With thresholds, [n, d_sae] is never held; TopK takes the full path in slices of tokens.
         """
         self._check_width(x, self.d_in)
-        flat = x.flatten(0, -2)
+        flat = x.reshape(-1, self.d_in)
         if self.threshold is not None:
             return kernels.encode_sparse(flat, self.W_enc.T, self.b_enc, self.threshold)
         return kernels.topk_sparse(self.encode(flat))
@@ -128,7 +128,7 @@ class SAE(nn.Module):
         if self.W_dec.dtype in (torch.float32, torch.float64):
             dtype = torch.promote_types(acts.dtype, self.W_dec.dtype)
             return acts.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
-        x_hat = kernels.decode_sparse(*kernels.topk_sparse(acts.flatten(0, -2)), self.W_dec, self.b_dec)
+        x_hat = kernels.decode_sparse(*kernels.topk_sparse(acts.reshape(-1, self.d_sae)), self.W_dec, self.b_dec)
         return x_hat.reshape(*acts.shape[:-1], self.d_out)
 
     def skip(self, x: Tensor) -> Tensor | float:

@@ -272,8 +272,8 @@ class Saes(Mapping[str, SAE]):
     def _at(self, slot: Slot, site: str) -> bool:
         layer = _layer(slot)
         if site in sites.KINDS and layer is not None:
-            return str(sites.resolve(self._model, sites.alias(self._model, layer, site)[0])) == str(slot.read)
-        return _named(slot, site) or str(slot.read).endswith(site)
+            return sites.resolve(self._model, sites.alias(self._model, layer, site)[0]).key == slot.read.key
+        return _named(slot, site) or slot.read.key.endswith("." + site)
 
     def _ready(self, slot: Slot) -> Slot:
         """The slot with its weights loaded, after making sure that its hooks still stand in the model's way."""
@@ -306,7 +306,7 @@ def _copy() -> Saes:
 
 
 def _named(slot: Slot, name: str) -> bool:
-    return name in (slot.name, str(slot.read))
+    return name in (slot.name, slot.read.key)
 
 
 def _layer(slot: Slot) -> int | None:

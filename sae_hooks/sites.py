@@ -8,6 +8,7 @@ be read. People may say `layer=20, site="mlp_out"` instead: see `alias`.
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,8 +43,13 @@ class Site:
     side: str
     module: nn.Module
 
-    def __str__(self) -> str:
+    @cached_property
+    def key(self) -> str:
+        """The path with its side."""
         return f"{self.path}.{self.side}"
+
+    def __str__(self) -> str:
+        return self.key
 
 
 def resolve(model: nn.Module, site: str) -> Site:

@@ -1,0 +1,54 @@
+"""What a repository or folder offers, told from names, sizes and headers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One SAE that a source offers. None: not told by names, sizes, headers and small configs.
+
+    `weights` and `config` are posix paths inside the source. `site` is where the SAE reads, `site_out` where it writes
+    (the same except for transcoders). `kind` is what people call it: "resid_post", "mlp_out", "attn_out", "transcoder",
+    "embedding"; "crosscoder" and "clt" are listed, but cannot be loaded. `l0` is the average number of active features
+    a token; where Gemma Scope 2 says only "small", "medium" or "big", the middle of what that word covers.
+    """
+
+    dialect: str
+    weights: str
+    config: str | None = None
+    kind: str | None = None
+    site: str | None = None
+    site_out: str | None = None
+    layer: int | None = None
+    width: int | None = None
+    l0: float | None = None
+    d_in: int | None = None
+    model_name: str | None = None
+
+
+def width_from_label(label: str) -> int:
+    """Number of features that a folder name means: "16k" is 2^14, "1m" is 2^20, "131k" 2^17; digits alone are exact."""
+    number, unit = re.fullmatch(r"(\d+)([km]?)", label.lower()).groups()  # type: ignore[union-attr]
+    if not unit:
+        return int(number)
+    return int(2 ** round(math.log2(int(number) * {"k": 1e3, "m": 1e6}[unit])))
+
+
+def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_overhead: int = 8192) -> int | None:
+    """d_in of a float32 SAE file of `size` bytes with d_out = d_in, or None if no d_in explains the size.
+
+    The file holds W_enc, W_dec (2 d F), b_enc, threshold (2 F), b_dec (d), with `affine` a skip (d d), and headers of
+    at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so from F = 2048 on the answer is unique.
+    """
+    if width is None or 8 * width <= most_overhead:
+        return None
+    per_unit, room = 2 * width + 1, size // 4 - 2 * width
+    if room <= 0:
+        return None
+    d_in = (math.isqrt(per_unit * per_unit + 4 * room) - per_unit) // 2 if affine else room // per_unit
+    exact = 4 * (2 * d_in * width + 2 * width + d_in + (d_in * d_in if affine else 0))
+    return d_in if d_in > 0 and 0 <= size - exact <= most_overhead else None

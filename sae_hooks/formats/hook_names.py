@@ -1,0 +1,96 @@
+"""TransformerLens hook names <-> sites (Hugging Face module path and side).
+
+What "blocks.7.hook_mlp_out" is in a Hugging Face model depends on its architecture: with a norm after the MLP (Gemma 2
+and 3) it is that norm's output. Where the model is not known, only names that mean the same everywhere are translated.
+"""
+
+from __future__ import annotations
+
+import re
+
+SIDES = ("output", "input", "normalized")
+PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*))+")
+LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d+)\b")
+
+SAME_EVERYWHERE = {"hook_resid_post": "output", "hook_resid_pre": "input"}
+GEMMA = {"hook_mlp_out": "post_feedforward_layernorm.output", "attn.hook_z": "self_attn.o_proj.input",
+         "hook_attn_out": "post_attention_layernorm.output", "hook_resid_mid": "pre_feedforward_layernorm.input",
+         "ln2.hook_normalized": "pre_feedforward_layernorm.normalized", "mlp.hook_in": "mlp.input",
+         "mlp.hook_post": "mlp.down_proj.input"}
+LLAMA = {"hook_mlp_out": "mlp.output", "attn.hook_z": "self_attn.o_proj.input",
+         "hook_attn_out": "self_attn.o_proj.output", "hook_resid_mid": "post_attention_layernorm.input",
+         "ln2.hook_normalized": "post_attention_layernorm.normalized", "mlp.hook_in": "mlp.input",
+         "mlp.hook_post": "mlp.down_proj.input"}
+GPT2 = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attn.c_proj.input", "hook_attn_out": "attn.c_proj.output",
+        "hook_resid_mid": "ln_2.input", "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.c_proj.input"}
+NEOX = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attention.dense.input", "hook_attn_out": "attention.dense.output",
+        "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.dense_4h_to_h.input"}
+# What a model's name contains -> (path of the list of layers, names inside a layer). The first match wins.
+FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
+    "gemma-2": ("model.layers", GEMMA), "gemma-3": ("model.layers", GEMMA), "gemma2": ("model.layers", GEMMA),
+    "gemma3": ("model.layers", GEMMA), "gpt2": ("transformer.h", GPT2), "gpt-2": ("transformer.h", GPT2),
+    "pythia": ("gpt_neox.layers", NEOX), "gpt-neox": ("gpt_neox.layers", NEOX), "llama": ("model.layers", LLAMA),
+    "mistral": ("model.layers", LLAMA), "qwen": ("model.layers", LLAMA), "smollm": ("model.layers", LLAMA),
+    "gemma": ("model.layers", LLAMA),
+}
+KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
+         "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out"}
+
+
+def to_site(name: str, model_name: str | None = None) -> str | None:
+    """The site that a hook name means, or None where that is not certain.
+
+    A site is returned as it is; a bare module path ("model.layers.7", as SAELens' Hugging Face training writes it)
+    means the module's output; TransformerLens names are translated with the help of the model's name.
+    """
+    if name.rpartition(".")[2] in SIDES:
+        return name if PATH.fullmatch(name) else None
+    lens = re.fullmatch(r"blocks\.(\d+)\.([A-Za-z0-9_.]+)", name)
+    if lens is None:
+        plain = PATH.fullmatch(name) and "hook_" not in name and LAYER.search(name)
+        return f"{name}.output" if plain else None
+    family = _family(model_name)
+    if family is None:  # most open models keep their decoder layers in model.layers, and suffixes are resolved later
+        return f"model.layers.{lens[1]}.{SAME_EVERYWHERE[lens[2]]}" if lens[2] in SAME_EVERYWHERE else None
+    layers, inside = family
+    place = (SAME_EVERYWHERE | inside).get(lens[2])
+    return place and f"{layers}.{lens[1]}.{place}"
+
+
+def to_lens(site: str) -> str:
+    """The TransformerLens name of a site where it has one, else the site itself (SAELens takes any string)."""
+    found = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.+)", site)
+    if found:
+        for table in (SAME_EVERYWHERE, GEMMA, LLAMA, GPT2, NEOX):
+            for lens, place in table.items():
+                if place == found[2]:
+                    return f"blocks.{found[1]}.{lens}"
+    return site
+
+
+def layer_of(site: str) -> int | None:
+    """The layer number in a site or hook name, or None."""
+    found = LAYER.search(site)
+    return int(found[1]) if found else None
+
+
+def kind_of(site: str, site_out: str | None = None) -> str | None:
+    """What people call a site: "resid_post", "mlp_out", "attn_out", "embedding"; "transcoder" where two are given."""
+    if site_out not in (None, site):
+        return "transcoder"
+    if site.endswith("embed_tokens.output"):
+        return "embedding"
+    inside = re.sub(r"^.*?\b(?:layers|h|blocks)\.\d+\.", "", site)
+    return KINDS.get(inside)
+
+
+def in_layer(site: str) -> str:
+    """A site from its list of layers on: "layers.7.mlp.output"."""
+    parts = site.split(".")
+    at = next((i for i, part in enumerate(parts) if part in ("layers", "h", "blocks")), 0)
+    return ".".join(parts[at:])
+
+
+def _family(model_name: str | None) -> tuple[str, dict[str, str]] | None:
+    name = (model_name or "").lower()
+    return next((family for part, family in FAMILIES.items() if part in name), None)

@@ -1,0 +1,163 @@
+"""The SAELens dialect, ours too: a folder with cfg.json and sae_weights.safetensors.
+
+Read: SAELens 6 and older; architectures standard, jumprelu, topk, gated, and transcoders with and without skip.
+Written: SAELens 6, so that it loads our folders unchanged; what it does not know stands under `metadata`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SaeFormatError, SaeWarning
+from ..sae import SAE
+from .entry import Entry
+from .hook_names import kind_of, layer_of, to_lens, to_site
+from .saelens_config import GENERATED, VERSION, Recipe, read
+from .weights import orient, positive, require, subtract_from_bias
+
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+NAMES = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "W_skip", "b_gate", "b_mag",
+                   "r_mag", "scaling_factor"})
+
+
+def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
+    """Every folder among `files` (path -> bytes) that has both files. A folder named after a site tells it already."""
+    found = []
+    for path in files:
+        folder, _, name = path.rpartition("/")
+        config = f"{folder}/{CONFIG}" if folder else CONFIG
+        if name == WEIGHTS and config in files:
+            site = to_site(folder.rpartition("/")[2])
+            found.append(Entry(dialect="saelens", weights=path, config=config, site=site, site_out=None,
+                               kind=site and kind_of(site), layer=layer_of(site) if site else None))
+    return found
+
+
+def default(found: list[Entry]) -> list[Entry]:
+    """What is meant when neither site nor layer is given: all of them."""
+    return found
+
+
+def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
+    """The sites (read, written) where they cannot depend on the architecture: the residual stream only."""
+    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
+
+
+def refine(entry: Entry, config: dict[str, Any]) -> Entry:
+    """The entry with what its cfg.json says. Raises SaeFormatError where the folder's name and cfg.json disagree."""
+    recipe = read(config)
+    site, site_out = recipe.site or entry.site, recipe.site_out or entry.site_out
+    if entry.site and recipe.site and entry.site != recipe.site:
+        raise SaeFormatError(f"the folder's name means {entry.site}, cfg.json says {recipe.site}")
+    hook = site or recipe.hook or ""
+    return replace(entry, site=site, site_out=site_out or (None if recipe.transcodes else site), layer=layer_of(hook),
+                   kind="transcoder" if recipe.transcodes else (kind_of(hook) if site else None), d_in=recipe.d_in,
+                   width=recipe.d_sae, l0=recipe.l0, model_name=recipe.model_name)
+
+
+def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> SAE:
+    """The SAE in these tensors, everything that is not the one equation folded in.
+
+    Raises SaeFormatError for what cannot be folded (per-token normalisation, unknown architectures), SaeMismatchError
+    naming every tensor that does not fit.
+    """
+    if config is None:
+        raise SaeFormatError(f"{CONFIG} is missing; it says which architecture the tensors are")
+    recipe = read(config)
+    entry = refine(entry, config)
+    if recipe.transcodes and entry.site and not entry.site_out:
+        raise SaeFormatError(f"the transcoder reads {entry.site}, but cfg.json does not tell which site it writes")
+    t = _tensors(tensors, recipe)
+    W_enc, b_enc, threshold = _encoder(t, recipe)
+    if recipe.apply_b_dec:
+        b_enc = subtract_from_bias(b_enc, t["b_dec"], W_enc)
+    W_dec = t["W_dec"]
+    if recipe.rescale:
+        W_enc, b_enc, W_dec = _fold_decoder_norms(W_enc, b_enc, W_dec)
+    if "scaling_factor" in t:
+        W_dec = W_dec * t["scaling_factor"][:, None]
+    return SAE(W_enc, b_enc, W_dec, t["b_dec"], threshold=threshold, k=recipe.k, site=entry.site,
+               W_skip=t["W_skip"].T if recipe.skips else None, site_out=entry.site_out, metadata=recipe.metadata)
+
+
+def dump(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU, contiguous) and the cfg.json of an SAE. Warns where SAELens has no such architecture."""
+    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.T
+    architecture = _architecture(sae)
+    read_at, written_at = to_lens(sae.site or ""), to_lens(sae.site_out or "")
+    metadata = {k: v for k, v in sae.metadata.items() if k not in GENERATED}
+    metadata |= {"sae_lens_version": VERSION, "hook_name": read_at, "hf_hook_name": sae.site}
+    if "transcoder" in architecture:
+        metadata |= {"hook_name_out": written_at, "hf_hook_name_out": sae.site_out}
+    config = {"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float64" if sae.dtype == torch.float64 else "float32",
+              "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
+              "reshape_activations": "hook_z" if read_at.endswith("hook_z") else "none", "architecture": architecture}
+    if sae.k is not None:
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    if "transcoder" in architecture:
+        config["d_out"] = sae.d_out
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, config | {"metadata": metadata}
+
+
+def _architecture(sae: SAE) -> str:
+    gate = "jumprelu" if sae.k is None else "topk"
+    if sae.site == sae.site_out and sae.W_skip is None and sae.d_in == sae.d_out:
+        return gate
+    name = f"{gate}_{'skip_' if sae.W_skip is not None else ''}transcoder"
+    if gate == "topk":
+        warnings.warn(f"SAELens has no {name}; the folder can be read by sae_hooks only", SaeWarning, stacklevel=3)
+    return name
+
+
+def _tensors(tensors: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The tensors of this architecture, checked and oriented; scaling_factor only where it does something."""
+    scale = tensors.get("scaling_factor")
+    t = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
+    if "log_threshold" in t:
+        t["threshold"] = t.pop("log_threshold").double().exp()
+    require(t, recipe.needs)
+    unknown = [name for name in t if name not in recipe.needs]
+    if unknown:
+        raise SaeFormatError(f"{recipe.architecture} has no tensors {', '.join(unknown)}")
+    bias = t["b_gate" if recipe.architecture == "gated" else "b_enc"]
+    d_sae, d_out = recipe.d_sae or bias.numel(), recipe.d_out or t["b_dec"].numel()
+    d_in = recipe.d_in or t["W_enc"].numel() // max(d_sae, 1)
+    matrices = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
+    turned = orient(t, {name: matrices.get(name, (d_sae,)) for name in recipe.needs})
+    if scale is None or bool((scale == 1).all()):
+        return turned
+    if not recipe.scales:
+        raise SaeFormatError("scaling_factor is not all ones, but finetuning_scaling_factor is not true")
+    return turned | orient({"scaling_factor": scale}, {"scaling_factor": (d_sae,)})
+
+
+def _encoder(t: Mapping[str, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W_enc, b_enc and threshold. A gated SAE with its tied encoder is a JumpReLU SAE (arXiv 2404.16014, section 3.2):
+    the gate x W + b_gate > 0 means that the magnitude exp(r) x W + b_mag is above b_mag - exp(r) b_gate."""
+    if recipe.architecture != "gated":
+        if recipe.k is not None:
+            return t["W_enc"], t["b_enc"], None
+        zeros = torch.zeros(t["b_enc"].shape, dtype=torch.float32)
+        return t["W_enc"], t["b_enc"], positive(t["threshold"]) if "threshold" in t else zeros
+    wide = torch.promote_types(t["W_enc"].dtype, torch.float32)
+    gain = t["r_mag"].double().exp()
+    threshold = (t["b_mag"].double() - gain * t["b_gate"].double()).clamp(min=0)
+    return (t["W_enc"].double() * gain).to(wide), t["b_mag"], threshold.to(wide)
+
+
+def _fold_decoder_norms(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """TopK with rescale_acts_by_decoder_norm picks the k largest of pre * |decoder row|; rows of norm 0 never win."""
+    norms = W_dec.double().norm(dim=-1)
+    divisor = torch.where(norms > 0, norms, 1.0)
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    return (W_enc * norms).to(wide), (b_enc * norms).to(wide), (W_dec / divisor[:, None]).to(wide)

@@ -1,0 +1,141 @@
+"""Which of the SAEs that a source offers are meant by layer=, site=, width=, l0=. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import SaeFormatError, SaeNotFoundError
+from .entry import Entry, width_from_label
+from .hook_names import SIDES, in_layer, layer_of
+
+CANONICAL_L0 = 100.0  # Gemma Scope's "canonical" SAE of a site is the one whose average L0 is nearest to this
+MULTI_LAYER = ("crosscoder", "clt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What was asked for. `site`: a kind ("resid_post") or a module path with its side; `layers`: None for all."""
+
+    layers: tuple[int, ...] | None
+    site: str | None
+    width: int | None
+    l0: float
+
+    @property
+    def path(self) -> str | None:
+        """The site, where a module path was given."""
+        return self.site if self.site and "." in self.site else None
+
+
+def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str | None,
+           l0: float | str | None) -> Wanted:
+    """Check the selectors as people give them. Raises SaeNotFoundError for what no SAE can be."""
+    layers = None if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers or ()):
+        raise SaeNotFoundError(f"layer must be a whole number from 0 on, or several, got {layer!r}")
+    if site is not None and "." in site and site.rpartition(".")[2] not in SIDES:
+        raise SaeNotFoundError(f"a site ends in .output, .input or .normalized, got {site!r}; "
+                               f"do you mean {site + '.output'!r}?")
+    try:
+        features = width_from_label(width) if isinstance(width, str) else width
+        target = CANONICAL_L0 if l0 in (None, "canonical") else float(l0)
+    except ValueError as error:
+        raise SaeNotFoundError(f"width is a number or a label such as '16k', l0 a number or 'canonical'; got "
+                               f"width={width!r}, l0={l0!r}") from error
+    return Wanted(layers=layers, site=site, width=features, l0=target)
+
+
+def may_match(entry: Entry, want: Wanted) -> bool:
+    """Whether nothing that is known of the entry speaks against it; its config may not have been read yet."""
+    at = (layer_of(want.path) if want.path else None) if want.layers is None else None
+    layers = want.layers if want.layers is not None else (at,) if at is not None else None
+    if layers is not None and entry.layer is not None and entry.layer not in layers:
+        return False
+    if want.path:
+        return entry.site is None or same_site(entry.site, want.path)
+    return want.site is None or entry.kind is None or entry.kind == want.site
+
+
+def matches(entry: Entry, want: Wanted) -> bool:
+    """Whether the entry is what was asked for, but for L0."""
+    here = want.layers is None or entry.layer in want.layers
+    named = want.site is None or (same_site(entry.site or "", want.path) if want.path else entry.kind == want.site)
+    return here and named and (want.width is None or entry.width == want.width)
+
+
+def placed(entry: Entry, want: Wanted) -> Entry:
+    """The entry at the site that the caller names, where nothing else tells it; any other entry unchanged."""
+    if entry.site is not None or want.path is None:
+        return entry
+    layer = entry.layer if entry.layer is not None else layer_of(want.path)
+    return replace(entry, site=want.path, site_out=entry.site_out or want.path, layer=layer)
+
+
+def choose(found: Sequence[Entry], want: Wanted, where: str) -> list[Entry]:
+    """One entry for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
+
+    Raises SaeNotFoundError listing what there is, SaeFormatError where the site of what is left cannot be told.
+    """
+    fitting = [entry for entry in found if matches(entry, want)]
+    if not fitting:
+        raise SaeNotFoundError(f"{where}: nothing for {_asked(want)}. It offers:\n{summary(found)}")
+    if all(entry.kind in MULTI_LAYER for entry in fitting):
+        raise SaeFormatError(f"{where}: {fitting[0].kind} SAEs span several layers; sae_hooks loads single-layer "
+                             f"ones only. It offers:\n{summary(found)}")
+    fitting = [entry for entry in fitting if entry.kind not in MULTI_LAYER]
+    lost = [entry.weights for entry in fitting if entry.site is None]
+    if lost:
+        raise SaeFormatError(f"{where}: neither its name nor a config tells which site {lost[0]} was trained on; give "
+                             "site= as a module path with its side, such as 'model.layers.20.output'")
+    missing = sorted(set(want.layers or ()) - {entry.layer for entry in fitting if entry.layer is not None})
+    if missing:
+        raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(found)}")
+    best: dict[tuple[str | None, str | None], Entry] = {}
+    for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
+        best.setdefault((entry.site, entry.site_out), entry)
+    return sorted(best.values(), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
+
+
+def same_site(one: str, other: str) -> bool:
+    """Whether two paths mean the same place: equal, one the end of the other, or equal from the layer on.
+
+    The last is for multimodal models, which keep "model.layers.7" as "model.language_model.layers.7".
+    """
+    return one == other or one.endswith("." + other) or other.endswith("." + one) or (
+        layer_of(one) is not None and in_layer(one) == in_layer(other))
+
+
+def summary(found: Sequence[Entry]) -> str:
+    """What a source offers, a line for each kind."""
+    lines = []
+    for kind in dict.fromkeys(entry.kind for entry in found):
+        of_kind = [entry for entry in found if entry.kind == kind]
+        layers = sorted({entry.layer for entry in of_kind if entry.layer is not None})
+        widths = sorted({entry.width for entry in of_kind if entry.width is not None})
+        lines.append(f"  {kind or 'unknown site'}: layers {spans(layers) or '-'}; widths "
+                     f"{', '.join(map(str, widths)) or '-'}{'; not supported' if kind in MULTI_LAYER else ''}")
+    return "\n".join(lines) or "  nothing"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Sorted numbers in short: "0-25, 30"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _rank(entry: Entry, want: Wanted) -> tuple[float, float, float, int, str]:
+    distance = abs(entry.l0 - want.l0) if entry.l0 is not None else math.inf
+    width = entry.width if entry.width is not None else math.inf
+    return width, distance, entry.l0 or 0.0, len(entry.weights), entry.weights
+
+
+def _asked(want: Wanted) -> str:
+    asked = {"layer": want.layers and ", ".join(map(str, want.layers)), "site": want.site, "width": want.width}
+    return ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None) or "these selectors"

@@ -1,0 +1,53 @@
+"""Checks and foldings of raw tensors that the dialects share. Nothing here reads a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Raise SaeFormatError naming every tensor that is missing, and every one that is not a plain float."""
+    wrong = [f"no {name}" for name in names if name not in tensors]
+    wrong += [f"{name} is {str(t.dtype).removeprefix('torch.')}; an SAE has float16, bfloat16, float32 or float64"
+              for name, t in tensors.items() if t.dtype not in FLOATS]
+    if wrong:
+        raise SaeFormatError(f"{'; '.join(wrong)} (tensors: {_shapes(tensors) or 'none'})")
+
+
+def orient(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The named tensors in their expected shapes; a matrix that is plainly transposed is turned.
+
+    Raises SaeMismatchError naming every tensor that does not fit.
+    """
+    turned = {name: t.T if t.ndim == 2 and t.shape != shape and t.T.shape == shape else t
+              for name, shape in shapes.items() for t in [tensors[name]]}
+    wrong = [f"{name} is {tuple(tensors[name].shape)}, expected {shape}" for name, shape in shapes.items()
+             if tuple(turned[name].shape) != shape]
+    if wrong:
+        raise SaeMismatchError("tensors do not fit together: " + "; ".join(wrong))
+    return turned
+
+
+def subtract_from_bias(b_enc: Tensor, shift: Tensor, W_enc: Tensor) -> Tensor:
+    """Fold `(x - shift) @ W_enc + b_enc` into the bias of `x @ W_enc`: b_enc - shift @ W_enc, summed in float64."""
+    return (b_enc.double() - shift.double() @ W_enc.double()).to(torch.promote_types(b_enc.dtype, torch.float32))
+
+
+def positive(threshold: Tensor) -> Tensor:
+    """The threshold with negative entries raised to 0: relu(pre) * (pre > t) is the same function for every t <= 0."""
+    below = int((threshold < 0).sum())
+    if below:
+        warnings.warn(f"{below} of {threshold.numel()} thresholds are negative and act as 0", SaeWarning, stacklevel=2)
+    return threshold.clamp(min=0) if below else threshold
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:12])

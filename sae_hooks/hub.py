@@ -1,0 +1,261 @@
+"""Finding, loading, saving and publishing SAEs: the only way from files to `SAE` and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from .errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
+from .formats import DIALECTS, Entry, saelens
+from .formats.selection import choose, may_match, placed, wanted
+from .hub_errors import hub_errors, persist
+from .sae import SAE
+from .safe_files import json_bytes, read_config, write_atomically
+from .sources import Source, open_source
+from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes
+
+AT_ONCE = 8  # small configs fetched at a time
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+CARD = """---
+library_name: sae_hooks
+tags:
+- sparse-autoencoder
+- sae_hooks
+---
+# Sparse autoencoders
+
+Saved by [sae_hooks](https://pypi.org/project/sae-hooks/) in the SAELens format.
+
+```python
+from sae_hooks import attach_saes
+
+model = attach_saes(model, "{repo_id}")
+```
+"""
+
+
+@dataclass(frozen=True)
+class SaeFile:
+    """One SAE of a source, not read yet. `where` is "owner/name@commit/path" or a local path."""
+
+    entry: Entry
+    where: str
+    source: Source = field(repr=False, compare=False)
+
+    def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
+        """Fetch, check and read it. `dtype`: of the matrices; None keeps the file's.
+
+        Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
+        """
+        dialect = DIALECTS[self.entry.dialect]
+        config = _config(self.source, self.entry)
+        path = self.source.fetch(self.entry.weights)
+        with _located(self.where):
+            tensors = read_tensors(path, dialect.NAMES)
+            check_finite(tensors)
+            sae = dialect.build(self.entry, tensors, config)
+            _check_promises(self.entry, sae)
+        if not self.source.local:
+            sae.metadata.setdefault("source", self.where)
+        return sae.to(device=device, dtype=dtype)
+
+
+class SaeTable(list[Entry]):
+    """What a source offers; prints as a table."""
+
+    def __repr__(self) -> str:
+        head = ("site", "layer", "width", "l0", "path")
+        rows = [(entry.site or f"({entry.kind or 'unknown'})", _cell(entry.layer), _cell(entry.width),
+                 _cell(entry.l0), entry.weights) for entry in self]
+        wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip()
+                         for row in (head, *rows))
+
+    __str__ = __repr__
+
+
+def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, site: str | None = None,
+              width: int | str | None = None, l0: float | str | None = None, revision: str | None = None,
+              token: str | None = None, cache_dir: str | Path | None = None) -> list[SaeFile]:
+    """The SAEs that are meant, one for each site, in the order of layers. Reads no weights.
+
+    No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"); where a repository has
+    several kinds, the residual stream. `site`: "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a
+    module path with its side; `l0`: nearest wins. Raises SaeNotFoundError listing what there is, SaeDownloadError.
+    """
+    want = wanted(layer, site, width, l0)
+    at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
+    offered = _offered(at)
+    if want.site is None:
+        offered = [entry for name, dialect in DIALECTS.items()
+                   for entry in dialect.default([e for e in offered if e.dialect == name])]
+    possible = [entry for entry in offered if may_match(entry, want)]
+    told = [placed(entry, want) for entry in _refined(at, possible)]
+    chosen = choose(told or offered, want, at.where())
+    return [SaeFile(_measured(at, entry), at.where(entry.weights), at) for entry in chosen]
+
+
+def load_sae(source: str | Path, *, layer: int | None = None, site: str | None = None,
+             width: int | str | None = None, l0: float | str | None = None, revision: str | None = None,
+             token: str | None = None, cache_dir: str | Path | None = None, device: str | torch.device = "cpu",
+             dtype: torch.dtype | None = None) -> SAE:
+    """Load the one SAE that the selectors mean; see find_saes and SaeFile.load for what they mean and raise.
+
+    Raises SaeMismatchError listing them if several sites fit.
+    """
+    found = find_saes(source, layer=layer, site=site, width=width, l0=l0, revision=revision, token=token,
+                      cache_dir=cache_dir)
+    if len(found) > 1:
+        raise SaeMismatchError(f"{source} has {len(found)} SAEs that fit; give layer= or site=:\n"
+                               + "\n".join(f"  {file.entry.site}  {file.entry.weights}" for file in found[:40]))
+    return found[0].load(device, dtype)
+
+
+def list_saes(source: str | Path, *, revision: str | None = None, token: str | None = None,
+              cache_dir: str | Path | None = None) -> SaeTable:
+    """Everything that a repository or folder offers, as a table. Reads no weights."""
+    at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
+    return SaeTable(_refined(at, _offered(at)))
+
+
+def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
+    """Write cfg.json and sae_weights.safetensors (SAELens 6) into a folder, made if needed; returns the folder.
+
+    Each file is replaced whole or not at all, cfg.json last. A mapping {site: SAE} becomes one folder a site inside.
+    Raises OSError, SaeFormatError (metadata that is no JSON); the old files are untouched then.
+    """
+    folder = Path(folder)
+    if isinstance(sae, Mapping):
+        for site, one in sae.items():
+            save_pretrained(one, folder / _folder_name(site))
+        return folder
+    tensors, config = saelens.dump(sae)
+    files = {folder / saelens.WEIGHTS: safetensors_bytes(tensors), folder / saelens.CONFIG: json_bytes(config)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(files)
+    return folder
+
+
+def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str = "", token: str | None = None,
+                private: bool = False) -> str:
+    """Upload what save_pretrained writes, and a model card if there is none, as one commit; returns its address.
+
+    Makes the repository if needed. All or nothing, and tried again after a lost answer: the same files make no second
+    commit. Raises SaeNotFoundError, SaeDownloadError (no rights, Hub down) with the client's error as cause.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with TemporaryDirectory(prefix="sae_hooks-") as temporary, hub_errors(f"pushing to {repo_id}", repo_id):
+        root = save_pretrained(sae, temporary)
+        local = sorted(path for path in root.rglob("*") if path.name in (saelens.WEIGHTS, saelens.CONFIG))
+        inside = path_in_repo.strip("/")
+        files = {f"{inside}/{path.relative_to(root).as_posix()}".lstrip("/"): path for path in local}
+        persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        return str(persist(lambda: _commit(api, repo_id, files)))
+
+
+def _commit(api: Any, repo_id: str, files: Mapping[str, Path]) -> str:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    if not api.file_exists(repo_id, "README.md"):
+        card = CARD.format(repo_id=repo_id).encode()
+        operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
+    return str(api.create_commit(repo_id, operations, commit_message="Upload SAE with sae_hooks").commit_url)
+
+
+def _offered(at: Source) -> list[Entry]:
+    """Everything that a dialect recognises in a source. Raises SaeNotFoundError, or UnsafeFileError if only pickles."""
+    files = at.files()
+    found = [entry for dialect in DIALECTS.values() for entry in dialect.entries(files, at.name)]
+    if found:
+        return found
+    pickles = [path for path in files if path.endswith(PICKLES)]
+    if pickles:
+        raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened; "
+                              "sae_hooks reads none. Convert it to safetensors (there is no allow_pt here)")
+    raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for params.npz (Gemma Scope), params.safetensors "
+                           f"(Gemma Scope 2), cfg.json with sae_weights.safetensors (SAELens); found {_few(files)}")
+
+
+def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
+    """The entries with what their small configs say, where names and sizes do not say enough."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda entry: _refine(at, entry), entries))
+
+
+def _refine(at: Source, entry: Entry) -> Entry:
+    if entry.config is None or (entry.site is not None and entry.d_in is not None):
+        return entry
+    config = _config(at, entry)
+    with _located(at.where(entry.config)):
+        return DIALECTS[entry.dialect].refine(entry, config or {})
+
+
+def _config(at: Source, entry: Entry) -> dict[str, Any] | None:
+    if entry.config is None:
+        return None
+    path = at.fetch(entry.config)
+    with _located(at.where(entry.config)):
+        return read_config(path)
+
+
+def _measured(at: Source, entry: Entry) -> Entry:
+    """A local entry with the sizes that its file's header proves."""
+    if not at.local:
+        return entry
+    path = at.fetch(entry.weights)
+    with _located(at.where(entry.weights)):
+        shapes = {name.lower(): shape for name, shape in read_shapes(path).items()}
+        bias = shapes.get("b_enc") or shapes.get("b_gate")
+        encoder = shapes.get("w_enc")
+        if not bias or not encoder or len(encoder) != 2 or bias[0] not in encoder:
+            return entry  # told in full when it is loaded
+        width = bias[0]
+        if entry.width not in (None, width):
+            raise SaeFormatError(f"its name or config says {entry.width} features, its header {width}")
+        return replace(entry, width=width, d_in=encoder[0] if encoder[1] == width else encoder[1])
+
+
+def _check_promises(entry: Entry, sae: SAE) -> None:
+    """Raise SaeFormatError where the weights are not what name, size or config promised."""
+    promised = {"d_in": (entry.d_in, sae.d_in), "width": (entry.width, sae.d_sae)}
+    wrong = [f"{name} is {found}, expected {told}" for name, (told, found) in promised.items()
+             if told not in (None, found)]
+    if wrong:
+        raise SaeFormatError(f"the file is not what its name, size or config says: {'; '.join(wrong)}")
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the place before the message of what a pure function raised."""
+    try:
+        yield
+    except SaeError as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from (error.__cause__ or error)
+
+
+def _folder_name(site: str) -> str:
+    """A site as a folder name. Raises SaeFormatError for anything but a module path with its side."""
+    if not all(part and part.replace("_", "a").isalnum() for part in site.split(".")):
+        raise SaeFormatError(f"{site!r} is not a site: a module path with its side, such as 'model.layers.20.output'")
+    return site
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _few(files: Mapping[str, int]) -> str:
+    names = list(files)
+    return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "no files"

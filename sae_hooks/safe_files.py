@@ -1,0 +1,170 @@
+"""Files that nobody vouches for: opened, parsed and followed with care; and files replaced whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
+
+MOST_CONFIG = 2**20  # bytes; a config is a few hundred
+MOST_DIGITS = 20
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 1 MiB, strictly: no NaN, no infinity, no duplicate keys, no lone surrogates, no depth.
+
+    A byte order mark is accepted. Raises SaeFormatError naming the flaw, SaeNotFoundError.
+    """
+    with open_regular(path) as file:
+        raw = file.read(MOST_CONFIG + 1)
+    if len(raw) > MOST_CONFIG:
+        raise SaeFormatError(f"larger than {MOST_CONFIG} bytes; a config is a few hundred")
+    return parse_json(raw, "config")
+
+
+def parse_json(raw: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in these bytes, under the rules of read_config. Raises SaeFormatError."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
+                           parse_float=_finite, parse_int=_short)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except RecursionError as error:
+        raise SaeFormatError(f"the {what} is nested too deeply") from error
+    except SaeFormatError as error:
+        raise SaeFormatError(f"the {what} has {error}") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, UnicodeEncodeError
+        raise SaeFormatError(f"the {what} is not JSON in UTF-8: {error}") from error
+    if not isinstance(value, dict):
+        raise SaeFormatError(f"the {what} is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def json_bytes(config: Mapping[str, Any]) -> bytes:
+    """A config as indented JSON. Raises SaeFormatError if something in it is not plain JSON."""
+    try:
+        return json.dumps(config, indent=2, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise SaeFormatError(f"metadata must be plain JSON (text, finite numbers, lists, dicts): {error}") from error
+
+
+def contained(path: Path, root: Path) -> Path:
+    """`path` with its links followed. Raises UnsafeFileError if that leads out of `root`, SaeFormatError for a loop.
+
+    In a Hugging Face cache the links of a snapshot may lead to the blobs of the same repository.
+    """
+    root = root.resolve()
+    home = next((p for p in (root, *root.parents) if p.name.startswith("models--")), root)
+    try:
+        real = path.resolve(strict=True)
+    except FileNotFoundError as error:
+        raise SaeNotFoundError(f"{path} does not exist, or is a link to nothing") from error
+    except (OSError, RuntimeError) as error:  # a loop: RuntimeError before Python 3.13
+        raise SaeFormatError(f"{path} cannot be followed: {error}") from error
+    if not real.is_relative_to(home):
+        raise UnsafeFileError(f"{path} is a link to {real}, outside {home}; copy the file there if you trust it")
+    return real
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading, and recognise what stands in for one (empty, LFS pointer, HTML page)."""
+    if not path.is_file():
+        raise SaeNotFoundError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
+    with path.open("rb") as file:
+        start = file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t")
+        if not start:
+            raise SaeFormatError(f"the file is empty ({path.stat().st_size} bytes); download it again")
+        if start.startswith(b"version https://git-lfs"):
+            raise SaeFormatError("this is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
+        if start[:15].lower().startswith((b"<!doctype html", b"<html")):
+            raise SaeFormatError("this is an HTML page (an error or login page saved under the file's name)")
+        file.seek(0)
+        yield file
+
+
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    """Replace each file whole or not at all; the last one is renamed into place last. Mode as umask says.
+
+    All contents are on the disk, under temporary names beside their targets, before the first is renamed. What a
+    killed process left behind is cleared away by the next call. Raises OSError; nothing is changed then.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp") for path in files}
+    try:
+        for path, content in files.items():
+            _clear_leftovers(path)
+            _write_through(temporary[path], content)
+        for path in files:
+            os.replace(temporary[path], path)
+    except BaseException:
+        for name in temporary.values():
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        raise
+    for folder in {path.parent for path in files}:
+        _sync_folder(folder)
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the kernel applies the umask
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove temporary files of processes that are no more."""
+    for left in path.parent.glob(f".{path.name}.*.*.tmp"):
+        pid = left.name.split(".")[-3]
+        if pid.isdigit() and not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise SaeFormatError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise SaeFormatError(f"{name}, which is no finite number")
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if not math.isfinite(value):
+        raise SaeFormatError(f"{literal[:40]}, which is no finite number")
+    return value
+
+
+def _short(literal: str) -> int:
+    if len(literal) > MOST_DIGITS:
+        raise SaeFormatError(f"a whole number of {len(literal)} digits")
+    return int(literal)

@@ -1,0 +1,221 @@
+"""Where SAE files come from: a local folder or file, or a repository on the Hugging Face Hub at one commit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import SaeDownloadError, SaeNotFoundError, UnsafeFileError
+from .hub_errors import hub_errors, persist
+from .safe_files import contained
+
+MOST_FILES = 200_000
+CONFIGS = ("cfg.json", "config.json")
+_checked: set[tuple[str, int, int]] = set()  # cached files whose hash was right: (path, size, mtime)
+
+
+class Source(Protocol):
+    """Files under posix paths. `name` helps to tell what they are: a repository id or a local path."""
+
+    name: str
+    local: bool
+
+    def files(self) -> Mapping[str, int]:
+        """Path -> bytes, nothing downloaded."""
+
+    def fetch(self, path: str) -> Path:
+        """A local copy that may be read. Raises SaeNotFoundError, SaeDownloadError, UnsafeFileError."""
+
+    def where(self, path: str = "") -> str:
+        """What to call a file in messages."""
+
+
+def open_source(source: str | Path, *, revision: str | None = None, token: str | None = None,
+                cache_dir: str | Path | None = None) -> Source:
+    """What exists is local, and so is every Path; anything else is "owner/name" or "owner/name/folder" on the Hub."""
+    path = Path(source).expanduser()
+    if isinstance(source, Path) or path.exists() or str(source).startswith((".", "/", "~")):
+        return LocalSource(path)
+    owner, _, rest = source.partition("/")
+    name, _, folder = rest.partition("/")
+    return HubSource(f"{owner}/{name}" if name else owner, folder.strip("/"), revision, token, cache_dir)
+
+
+class LocalSource:
+    """A folder, or one weight file with the config beside it."""
+
+    local = True
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise SaeNotFoundError(f"{path} does not exist")
+        if not path.is_dir() and not path.is_file():
+            raise SaeNotFoundError(f"{path} is neither a folder nor a regular file")
+        self.only = None if path.is_dir() else path.name
+        self.root = Path(os.path.abspath(path if path.is_dir() else path.parent))
+        self.name = self.root.as_posix()
+
+    def files(self) -> Mapping[str, int]:
+        if self.only:
+            return {name: _size(self.root / name) for name in (self.only, *CONFIGS) if (self.root / name).is_file()}
+        found: dict[str, int] = {}
+        for folder, inside, names in os.walk(self.root):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                found[path.relative_to(self.root).as_posix()] = _size(path)
+            if len(found) > MOST_FILES:
+                raise SaeNotFoundError(f"{self.root} holds more than {MOST_FILES} files; name the folder of the SAEs")
+        return found
+
+    def fetch(self, path: str) -> Path:
+        return contained(self.root / path, self.root)
+
+    def where(self, path: str = "") -> str:
+        return str(self.root / path)
+
+
+class HubSource:
+    """A repository at one commit, resolved once: config and weights always fit, whatever happens to the branch.
+
+    Asks the Hub nothing that the cache can answer; with the Hub down or HF_HUB_OFFLINE set, the cache is used alone.
+    """
+
+    local = False
+
+    def __init__(self, repo_id: str, folder: str, revision: str | None, token: str | None,
+                 cache_dir: str | Path | None) -> None:
+        from huggingface_hub import HfApi
+
+        self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
+        self.name = f"{repo_id}/{folder}" if folder else repo_id
+        asked = f"{repo_id}@{revision}" if revision else repo_id
+        with hub_errors(asked, repo_id):
+            self.commit = persist(lambda: HfApi(token=token).resolve_revision(
+                repo_id, revision=revision, cache_dir=cache_dir)).resolved
+
+    def files(self) -> Mapping[str, int]:
+        with hub_errors(f"{self.repo}@{self.commit}", self.repo):
+            listing = self._listing()
+        _refuse_hostile(listing, self.where())
+        inside = self.folder + "/" if self.folder else ""
+        return {path.removeprefix(inside): size for path, size in listing.items() if path.startswith(inside)}
+
+    def fetch(self, path: str) -> Path:
+        full = f"{self.folder}/{path}" if self.folder else path
+        cached = self._cached(full)
+        if cached and not _wrong_hash(cached):
+            return cached
+        fresh = self._download(full, path, damaged=cached is not None)
+        if wrong := _wrong_hash(fresh):
+            raise SaeDownloadError(
+                f"{self.where(path)}: damaged on its way: {wrong}. The cached copy will not be used; load again to "
+                f"download it anew, or run `hf download {self.repo} {full} --revision {self.commit} --force-download`")
+        return fresh
+
+    def where(self, path: str = "") -> str:
+        return "/".join(part for part in (f"{self.repo}@{self.commit}", self.folder, path) if part)
+
+    def _cached(self, full: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, full, cache_dir=self.cache, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def _download(self, full: str, path: str, *, damaged: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        where = self.where(path) + (" (the cached copy is damaged and was not used; force_download)" if damaged else "")
+        with hub_errors(where, self.repo):
+            return Path(persist(lambda: hf_hub_download(
+                self.repo, full, revision=self.commit, token=self.token, cache_dir=self.cache, force_download=damaged)))
+
+    def _listing(self) -> dict[str, int]:
+        """Path -> bytes at the commit: from the cache, else from the Hub (which the client then keeps in its cache)."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError
+
+        with contextlib.suppress(LookupError):
+            return self._cached_listing()
+        try:  # lists the whole repository; README.md is the smallest thing that the client can be asked to bring along
+            persist(lambda: snapshot_download(self.repo, revision=self.commit, token=self.token, cache_dir=self.cache,
+                                               allow_patterns=["README.md"], tqdm_class=_silent()))
+        except GatedRepoError:
+            raise
+        except Exception:
+            with contextlib.suppress(LookupError):
+                return self._cached_listing()
+            local = self._snapshot()
+            if not local:
+                raise
+            return local
+        return self._cached_listing()
+
+    def _cached_listing(self) -> dict[str, int]:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        try:
+            listed = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=self.cache)
+        except CachedRepoTreeNotFoundError as error:
+            raise LookupError(str(error)) from error
+        return {file.path: file.size for file in listed}
+
+    def _snapshot(self) -> dict[str, int]:
+        """What is cached of this commit, where its listing is not."""
+        from huggingface_hub import snapshot_download
+
+        try:
+            root = snapshot_download(self.repo, revision=self.commit, cache_dir=self.cache, local_files_only=True)
+        except Exception:
+            return {}
+        return dict(LocalSource(Path(root)).files())
+
+
+def _wrong_hash(path: Path) -> str:
+    """What is wrong with a cached file, by the name of its blob (sha256, or git's sha1); "" if nothing is known to be.
+
+    Over HTTP the client checks the length only. A file is hashed once in a process: 0.5 s for 300 MB.
+    """
+    blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob):
+        return ""
+    stat = path.stat()
+    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    if key not in _checked:
+        digest: Any = hashlib.sha256() if len(blob) == 64 else hashlib.sha1(b"blob %d\0" % stat.st_size)
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        if digest.hexdigest() != blob:
+            return f"its {digest.name} is {digest.hexdigest()[:16]}..., expected {blob[:16]}..."
+        _checked.add(key)
+    return ""
+
+
+def _refuse_hostile(listing: Mapping[str, int], where: str) -> None:
+    for path in listing:
+        if path.startswith("/") or "\\" in path or "\0" in path or {"..", ".", ""} & set(path.split("/")):
+            raise UnsafeFileError(f"{where}: the listing has a path that leads out of the repository: {path!r}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing or to itself: told when it is fetched
+        return 0
+
+
+def _silent() -> type:
+    from tqdm.auto import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent
