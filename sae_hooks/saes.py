@@ -277,13 +277,8 @@ class Saes(Mapping[str, SAE]):
 
     def _ready(self, slot: Slot) -> Slot:
         """The slot with its weights loaded, after making sure that its hooks still stand in the model's way."""
-        for place in {slot.read, slot.write}:
-            modules = dict(self._model.named_modules(remove_duplicate=False))
-            if modules.get(place.path) is not place.module:
-                raise SaeAttachError(
-                    f"the module {place.path} was replaced since the SAE was attached (PEFT, quantisation?); "
-                    "detach and attach again"
-                )
+        for place in (slot.read, slot.write):
+            _check_in_place(self._model, place)
             inside = place.side != "output" or not re.search(r"\.\d+$", place.path)
             if inside and self._model.training and getattr(self._model, "is_gradient_checkpointing", False):
                 raise SaeAttachError(
@@ -303,6 +298,19 @@ class Saes(Mapping[str, SAE]):
 def _copy() -> Saes:
     """What a copy or pickle of a model carries in place of its SAEs: nothing attached."""
     return Saes(nn.Module(), Runtime(frozenset()), None, lambda model: None)
+
+
+def _check_in_place(model: nn.Module, place: sites.Site) -> None:
+    """Raise SaeAttachError if the hooked module is no longer part of the model."""
+    try:
+        present = model.get_submodule(place.path) is place.module
+    except AttributeError:
+        present = False
+    if not present:
+        raise SaeAttachError(
+            f"the module {place.path} was replaced since the SAE was attached (PEFT, quantisation?); "
+            "detach and attach again"
+        )
 
 
 def _named(slot: Slot, name: str) -> bool:
