@@ -1,10 +1,11 @@
 # Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 #   PYTHON=python3.12 make test      another interpreter (3.11 to 3.13); run `make clean-all` in between
-#   TESTS=tests/test_sae.py make pytest
+#   TESTS=tests/core make pytest               some of the tests
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,8 +25,9 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-pytest: $(READY)  ## the tests alone; TESTS=... picks some
-	$(BIN)/python -m pytest --durations=10 $(TESTS)
+# Tiny models are faster with one thread each; a file stays in one process, so that its fixtures are made once.
+pytest: $(READY)  ## the tests alone; TESTS=... picks some, JOBS=0 runs them in this process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10 $(TESTS)
 
 bench: $(READY)  ## what hooks and edits cost, as ratios beside a bare hook
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -20,25 +20,34 @@ FLOORS = {
     "sae_hooks/kernels/": 1,
     "sae_hooks/sites.py": 1,
     "sae_hooks/sparse.py": 1,
+    "sae_hooks/terminal.py": 1,
+    "sae_hooks/safe_files.py": 1,
+    "sae_hooks/hub_errors.py": 1,
     "sae_hooks/sae.py": 2,
     "sae_hooks/edits.py": 2,
     "sae_hooks/tokens.py": 2,
+    "sae_hooks/weight_files.py": 2,
+    "sae_hooks/sources.py": 2,
     "sae_hooks/formats/": 3,
     "sae_hooks/runtime.py": 3,
+    "sae_hooks/capture.py": 3,
     "sae_hooks/hub.py": 4,
     "sae_hooks/hooks.py": 4,
-    "sae_hooks/attach.py": 5,
-    "sae_hooks/check.py": 5,
-    "sae_hooks/__init__.py": 6,
-    "sae_hooks/cli.py": 7,
-    "training/ste.py": 7,
-    "training/schedules.py": 7,
-    "training/harvest.py": 7,
-    "training/contexts.py": 8,
-    "training/metrics.py": 8,
-    "training/objectives/": 8,
-    "training/trainer.py": 9,
-    "training/__init__.py": 10,
+    "sae_hooks/check.py": 4,
+    "sae_hooks/saes.py": 5,
+    "sae_hooks/attach.py": 6,
+    "sae_hooks/__init__.py": 7,
+    "sae_hooks/cli.py": 8,
+    "training/ste.py": 8,
+    "training/schedules.py": 8,
+    "training/harvest.py": 8,
+    "training/shards.py": 9,
+    "training/contexts.py": 9,
+    "training/metrics.py": 9,
+    "training/objectives/": 9,
+    "training/trainer.py": 10,
+    "training/end_to_end.py": 11,
+    "training/__init__.py": 12,
 }
 UPWARD = {
     ("sae_hooks/sae.py", "sae_hooks/hub.py"): "save_pretrained and push_to_hub are methods, as transformers'"
@@ -98,7 +107,7 @@ def functions(path):
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=relative)
 def test_a_module_imports_only_from_lower_floors(path):
     here = storey(path)
-    assert here in FLOORS, f"give {relative(path)} a floor in FLOORS, the lowest that holds"
+    assert here in FLOORS, f"give {relative(path)} a floor in FLOORS, above all that it imports"
     for name in imports(path):
         there = storey(MODULES[name])
         if there != here and (here, there) not in UPWARD:
@@ -145,9 +154,10 @@ def test_everything_public_has_a_docstring():
         tree = ast.parse(path.read_text())
         if not ast.get_docstring(tree):
             bare.append(relative(path))
-        found = [node for node in definitions(tree) if not ast.get_docstring(node)]
+        documented = {node.name for node in definitions(tree) if ast.get_docstring(node)}
+        found = [node for node in definitions(tree) if node.name not in documented]
         bare += [f"{relative(path)}:{node.lineno} {node.name}" for node in found]
-    assert bare == []
+    assert not bare, "\n".join(["no docstring, neither at the same name of a protocol in the file:", *bare])
 
 
 def definitions(scope):
@@ -231,6 +241,6 @@ def tree():
 def test_no_file_names_a_machine():
     roots = "|".join(("work", "root", "home", "Users", "opt", "mnt"))
     hosts = "|".join(("pypi", "pythonhosted", "download.pytorch", "npmjs"))
-    machine = re.compile(rf"(?<![\w.:/~}}])/(?:{roots})/\w|\b(?:{hosts})\.(?:org|com)\b")
+    machine = re.compile(rf"(?<![\w.:/~}}])/(?:{roots})/(?!me/)\w|\b(?:{hosts})\.(?:org|com)\b")  # "me": made up
     found = [f"{relative(path)}: {hit[0]}" for path in tree() if (hit := machine.search(path.read_text()))]
     assert found == []
