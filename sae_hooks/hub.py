@@ -15,6 +15,7 @@ import torch
 from .errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
 from .formats import DIALECTS, Entry, saelens
 from .formats.selection import choose, may_match, placed, wanted
+from .formats.weights import warn_odd_decoder
 from .hub_errors import hub_errors, persist
 from .sae import SAE
 from .safe_files import json_bytes, read_config, write_atomically
@@ -31,7 +32,7 @@ tags:
 ---
 # Sparse autoencoders
 
-Saved by [sae_hooks](https://pypi.org/project/sae-hooks/) in the SAELens format.
+Saved by sae_hooks (`pip install sae-hooks`) in the SAELens format.
 
 ```python
 from sae_hooks import attach_saes
@@ -62,6 +63,7 @@ class SaeFile:
             check_finite(tensors)
             sae = dialect.build(self.entry, tensors, config)
             _check_promises(self.entry, sae)
+            warn_odd_decoder(sae.W_dec)
         if not self.source.local:
             sae.metadata.setdefault("source", self.where)
         return sae.to(device=device, dtype=dtype)
@@ -98,7 +100,8 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
                    for entry in dialect.default([e for e in offered if e.dialect == name])]
     possible = [entry for entry in offered if may_match(entry, want)]
     told = [placed(entry, want) for entry in _refined(at, possible)]
-    chosen = choose(told or offered, want, at.where())
+    others = [entry for entry in offered if not may_match(entry, want)]
+    chosen = choose(told, want, at.where(), told + others)
     return [SaeFile(_measured(at, entry), at.where(entry.weights), at) for entry in chosen]
 
 
@@ -153,13 +156,14 @@ def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with TemporaryDirectory(prefix="sae_hooks-") as temporary, hub_errors(f"pushing to {repo_id}", repo_id):
+    with TemporaryDirectory(prefix="sae_hooks-") as temporary:
         root = save_pretrained(sae, temporary)
-        local = sorted(path for path in root.rglob("*") if path.name in (saelens.WEIGHTS, saelens.CONFIG))
+        written = sorted(path for path in root.rglob("*") if path.name in (saelens.WEIGHTS, saelens.CONFIG))
         inside = path_in_repo.strip("/")
-        files = {f"{inside}/{path.relative_to(root).as_posix()}".lstrip("/"): path for path in local}
-        persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        return str(persist(lambda: _commit(api, repo_id, files)))
+        files = {f"{inside}/{path.relative_to(root).as_posix()}".lstrip("/"): path for path in written}
+        with hub_errors(f"pushing to {repo_id}", repo_id):
+            persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            return persist(lambda: _commit(api, repo_id, files))
 
 
 def _commit(api: Any, repo_id: str, files: Mapping[str, Path]) -> str:

@@ -44,16 +44,19 @@ def _reason(error: Exception) -> str:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain: list[BaseException] = [error]
-    while (below := chain[-1].__cause__ or chain[-1].__context__) and below not in chain:
+    while (below := chain[-1].__cause__) and below not in chain:
         chain.append(below)
-    if any(isinstance(e, OfflineModeIsEnabled) for e in chain) or _offline():
-        return "not cached, and the client is offline (HF_HUB_OFFLINE)"
-    deepest = next((e for e in chain if _status(e)), error if type(error).__module__ == "builtins" else chain[-1])
-    status = _status(deepest)
-    if status in (401, 403):
-        return f"the Hub refused access ({status}); wrong token, no right, or a disabled repository: {deepest}"
-    text = str(deepest).strip() or type(deepest).__name__
-    return f"could not be fetched whole, and no cached copy is there ({type(deepest).__name__}): {text}"
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return "not cached, and the client is offline (HF_HUB_OFFLINE); load it once with a connection"
+    answered = next((e for e in chain if _status(e)), None)
+    if answered is not None and _status(answered) in (401, 403):
+        return f"the Hub refused access ({_status(answered)}): wrong token, no right, or disabled: {answered}"
+    local = next((e for e in chain if isinstance(e, OSError) and e.errno and not isinstance(e, ConnectionError)), None)
+    if local is not None and answered is None:
+        return f"the file system refused: {local}; is there room and permission in the cache (HF_HOME or cache_dir=)?"
+    told = answered or chain[-1]
+    return (f"the Hub could not be reached or broke off, and no cached copy is there; try again later "
+            f"({type(told).__name__}: {str(told).strip() or 'no details'})")
 
 
 def persist(action: Callable[[], T]) -> T:
@@ -63,33 +66,28 @@ def persist(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            if not _transient(error) or time.monotonic() - began > PATIENCE:
+            if not transient(error) or time.monotonic() - began > PATIENCE:
                 raise
         time.sleep(wait)
     return action()
 
 
-def _transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later, and the client has not retried it for long already."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+def transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a moment later."""
+    from huggingface_hub import errors as hf
 
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return False
     status = _status(error)
     if status:
         return status >= 500 or status in (408, 412, 429)
+    if isinstance(error, hf.OfflineModeIsEnabled):
+        return False
     if type(error).__module__.startswith(("httpx", "httpcore")):  # 1.x has httpx, 2.x httpx2: neither is imported here
         return True
-    cut = isinstance(error, OSError) and "Consistency check failed" in str(error)
-    return cut or (isinstance(error, RuntimeError) and error.__cause__ is not None and _transient(error.__cause__))
+    if isinstance(error, (hf.LocalEntryNotFoundError, hf.RevisionResolutionError, RuntimeError)):  # wrappers
+        return error.__cause__ is not None and transient(error.__cause__)
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
 def _status(error: BaseException) -> int:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return status if isinstance(status, int) else 0
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)

@@ -54,22 +54,22 @@ def json_bytes(config: Mapping[str, Any]) -> bytes:
         raise SaeFormatError(f"metadata must be plain JSON (text, finite numbers, lists, dicts): {error}") from error
 
 
-def contained(path: Path, root: Path) -> Path:
-    """`path` with its links followed. Raises UnsafeFileError if that leads out of `root`, SaeFormatError for a loop.
+def check_contained(path: Path, root: Path) -> None:
+    """Follow the links of `path`. Raises UnsafeFileError if that leads out of `root`, SaeFormatError for a loop.
 
-    In a Hugging Face cache the links of a snapshot may lead to the blobs of the same repository.
+    In a Hugging Face cache the links of a snapshot may lead to the blobs of its repository, and on to the shared blobs.
     """
     root = root.resolve()
-    home = next((p for p in (root, *root.parents) if p.name.startswith("models--")), root)
+    repo = next((p for p in (root, *root.parents) if p.name.startswith("models--")), None)
+    homes = (root,) if repo is None else (repo, repo.parent / "blobs")
     try:
         real = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise SaeNotFoundError(f"{path} does not exist, or is a link to nothing") from error
     except (OSError, RuntimeError) as error:  # a loop: RuntimeError before Python 3.13
         raise SaeFormatError(f"{path} cannot be followed: {error}") from error
-    if not real.is_relative_to(home):
-        raise UnsafeFileError(f"{path} is a link to {real}, outside {home}; copy the file there if you trust it")
-    return real
+    if not any(real.is_relative_to(home) for home in homes):
+        raise UnsafeFileError(f"{path} is a link to {real}, outside {homes[0]}; copy the file there if you trust it")
 
 
 @contextlib.contextmanager

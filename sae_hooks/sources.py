@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import SaeDownloadError, SaeNotFoundError, UnsafeFileError
-from .hub_errors import hub_errors, persist
-from .safe_files import contained
+from .errors import SaeDownloadError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from .hub_errors import hub_errors, persist, transient
+from .safe_files import check_contained
 
 MOST_FILES = 200_000
 CONFIGS = ("cfg.json", "config.json")
@@ -74,7 +76,8 @@ class LocalSource:
         return found
 
     def fetch(self, path: str) -> Path:
-        return contained(self.root / path, self.root)
+        check_contained(self.root / path, self.root)
+        return self.root / path
 
     def where(self, path: str = "") -> str:
         return str(self.root / path)
@@ -90,14 +93,11 @@ class HubSource:
 
     def __init__(self, repo_id: str, folder: str, revision: str | None, token: str | None,
                  cache_dir: str | Path | None) -> None:
-        from huggingface_hub import HfApi
-
         self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
         self.name = f"{repo_id}/{folder}" if folder else repo_id
         asked = f"{repo_id}@{revision}" if revision else repo_id
         with hub_errors(asked, repo_id):
-            self.commit = persist(lambda: HfApi(token=token).resolve_revision(
-                repo_id, revision=revision, cache_dir=cache_dir)).resolved
+            self.commit = self._resolve(revision)
 
     def files(self) -> Mapping[str, int]:
         with hub_errors(f"{self.repo}@{self.commit}", self.repo):
@@ -121,6 +121,22 @@ class HubSource:
     def where(self, path: str = "") -> str:
         return "/".join(part for part in (f"{self.repo}@{self.commit}", self.folder, path) if part)
 
+    def _resolve(self, revision: str | None) -> str:
+        """The commit that a branch or tag is at now; with the Hub down, the one that is cached."""
+        api = _impatient_api(self.token)
+
+        def ask(*, cached: bool = False) -> str:
+            resolved = api.resolve_revision(self.repo, revision=revision, cache_dir=self.cache, local_files_only=cached)
+            return str(resolved.resolved)
+
+        try:
+            return persist(ask)
+        except Exception as error:
+            if transient(error):  # 429, which the client takes for a final answer
+                with contextlib.suppress(Exception):
+                    return ask(cached=True)
+            raise
+
     def _cached(self, full: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
@@ -136,25 +152,43 @@ class HubSource:
                 self.repo, full, revision=self.commit, token=self.token, cache_dir=self.cache, force_download=damaged)))
 
     def _listing(self) -> dict[str, int]:
-        """Path -> bytes at the commit: from the cache, else from the Hub (which the client then keeps in its cache)."""
-        from huggingface_hub import snapshot_download
+        """Path -> bytes at the commit: from the cache, else from the Hub (and then the client keeps it there)."""
         from huggingface_hub.errors import GatedRepoError
 
         with contextlib.suppress(LookupError):
             return self._cached_listing()
-        try:  # lists the whole repository; README.md is the smallest thing that the client can be asked to bring along
-            persist(lambda: snapshot_download(self.repo, revision=self.commit, token=self.token, cache_dir=self.cache,
-                                               allow_patterns=["README.md"], tqdm_class=_silent()))
+        try:
+            persist(self._list_on_hub)
+            return self._cached_listing()
         except GatedRepoError:
             raise
-        except Exception:
+        except Exception as error:
             with contextlib.suppress(LookupError):
-                return self._cached_listing()
-            local = self._snapshot()
-            if not local:
-                raise
-            return local
-        return self._cached_listing()
+                return self._cached_listing()  # the listing came, README.md did not
+            return self._listing_without_cache(error)
+
+    def _listing_without_cache(self, error: Exception) -> dict[str, int]:
+        """The listing where the cache cannot be written; where the Hub is down, what is cached of this commit."""
+        from huggingface_hub import HfApi, RepoFile
+
+        if not transient(error):
+            with contextlib.suppress(Exception):
+                tree = HfApi(token=self.token).list_repo_tree(self.repo, recursive=True, revision=self.commit)
+                return {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+        partial = self._snapshot()
+        if not partial:
+            raise error
+        warnings.warn(f"{self.where()}: the Hub gives no listing; choosing among the {len(partial)} files that are "
+                      "cached", SaeWarning, stacklevel=2)
+        return partial
+
+    def _list_on_hub(self) -> None:
+        """Have the client list the repository into its cache; README.md is the least that it can be asked to fetch."""
+        from huggingface_hub import snapshot_download
+
+        with _unsaid("No files matched"):
+            snapshot_download(self.repo, revision=self.commit, token=self.token, cache_dir=self.cache,
+                              allow_patterns=["README.md"], tqdm_class=_silent())
 
     def _cached_listing(self) -> dict[str, int]:
         from huggingface_hub import get_cached_repo_tree
@@ -209,6 +243,32 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:  # a link to nothing or to itself: told when it is fetched
         return 0
+
+
+@contextlib.contextmanager
+def _unsaid(text: str) -> Iterator[None]:
+    """Keep one warning of the client, which means nothing to our users, out of the log."""
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+
+    def passes(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    log.addFilter(passes)
+    try:
+        yield
+    finally:
+        log.removeFilter(passes)
+
+
+def _impatient_api(token: str | None) -> Any:
+    """The client, waiting HF_HUB_ETAG_TIMEOUT (10 s) for an answer about a revision, where it would wait for ever."""
+    from huggingface_hub import HfApi, constants
+
+    class Impatient(HfApi):
+        def repo_info(self, *args: Any, **kwargs: Any) -> Any:
+            return super().repo_info(*args, **{"timeout": constants.HF_HUB_ETAG_TIMEOUT, **kwargs})
+
+    return Impatient(token=token)
 
 
 def _silent() -> type:

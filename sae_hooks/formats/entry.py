@@ -32,10 +32,11 @@ class Entry:
 
 def width_from_label(label: str) -> int:
     """Number of features that a folder name means: "16k" is 2^14, "1m" is 2^20, "131k" 2^17; digits alone are exact."""
-    number, unit = re.fullmatch(r"(\d+)([km]?)", label.lower()).groups()  # type: ignore[union-attr]
-    if not unit:
-        return int(number)
-    return int(2 ** round(math.log2(int(number) * {"k": 1e3, "m": 1e6}[unit])))
+    found = re.fullmatch(r"(\d{1,9})([km]?)", label.lower())
+    if found is None:
+        raise ValueError(f"{label!r} is not a width such as '16k' or '1m'")
+    number, unit = int(found[1]), found[2]
+    return number if not unit or not number else int(2 ** round(math.log2(number * {"k": 1e3, "m": 1e6}[unit])))
 
 
 def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_overhead: int = 8192) -> int | None:

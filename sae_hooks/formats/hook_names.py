@@ -13,6 +13,7 @@ PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A
 LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d+)\b")
 
 SAME_EVERYWHERE = {"hook_resid_post": "output", "hook_resid_pre": "input"}
+TELLING = {"attn.hook_z": "self_attn.o_proj.input", "hook_mlp_out": "post_feedforward_layernorm.output"}
 GEMMA = {"hook_mlp_out": "post_feedforward_layernorm.output", "attn.hook_z": "self_attn.o_proj.input",
          "hook_attn_out": "post_attention_layernorm.output", "hook_resid_mid": "pre_feedforward_layernorm.input",
          "ln2.hook_normalized": "pre_feedforward_layernorm.normalized", "mlp.hook_in": "mlp.input",
@@ -25,13 +26,12 @@ GPT2 = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attn.c_proj.input", "hook_
         "hook_resid_mid": "ln_2.input", "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.c_proj.input"}
 NEOX = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attention.dense.input", "hook_attn_out": "attention.dense.output",
         "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.dense_4h_to_h.input"}
-# What a model's name contains -> (path of the list of layers, names inside a layer). The first match wins.
-FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
-    "gemma-2": ("model.layers", GEMMA), "gemma-3": ("model.layers", GEMMA), "gemma2": ("model.layers", GEMMA),
-    "gemma3": ("model.layers", GEMMA), "gpt2": ("transformer.h", GPT2), "gpt-2": ("transformer.h", GPT2),
-    "pythia": ("gpt_neox.layers", NEOX), "gpt-neox": ("gpt_neox.layers", NEOX), "llama": ("model.layers", LLAMA),
-    "mistral": ("model.layers", LLAMA), "qwen": ("model.layers", LLAMA), "smollm": ("model.layers", LLAMA),
-    "gemma": ("model.layers", LLAMA),
+# What a model's name contains -> (list of layers, token embedding, names inside a layer). The first match wins.
+FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
+    **dict.fromkeys(("gemma-2", "gemma-3", "gemma2", "gemma3"), ("model.layers", "model.embed_tokens", GEMMA)),
+    **dict.fromkeys(("gpt2", "gpt-2"), ("transformer.h", "transformer.wte", GPT2)),
+    **dict.fromkeys(("pythia", "gpt-neox"), ("gpt_neox.layers", "gpt_neox.embed_in", NEOX)),
+    **dict.fromkeys(("llama", "mistral", "qwen", "smollm", "gemma"), ("model.layers", "model.embed_tokens", LLAMA)),
 }
 KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
          "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out"}
@@ -45,26 +45,28 @@ def to_site(name: str, model_name: str | None = None) -> str | None:
     """
     if name.rpartition(".")[2] in SIDES:
         return name if PATH.fullmatch(name) else None
+    family = _family(model_name)
+    if name == "hook_embed":
+        return family and f"{family[1]}.output"
     lens = re.fullmatch(r"blocks\.(\d+)\.([A-Za-z0-9_.]+)", name)
     if lens is None:
         plain = PATH.fullmatch(name) and "hook_" not in name and LAYER.search(name)
         return f"{name}.output" if plain else None
-    family = _family(model_name)
     if family is None:  # most open models keep their decoder layers in model.layers, and suffixes are resolved later
         return f"model.layers.{lens[1]}.{SAME_EVERYWHERE[lens[2]]}" if lens[2] in SAME_EVERYWHERE else None
-    layers, inside = family
+    layers, _, inside = family
     place = (SAME_EVERYWHERE | inside).get(lens[2])
     return place and f"{layers}.{lens[1]}.{place}"
 
 
-def to_lens(site: str) -> str:
-    """The TransformerLens name of a site where it has one, else the site itself (SAELens takes any string)."""
+def to_lens(site: str, model_name: str | None = None) -> str:
+    """The TransformerLens name of a site where that is certain, else the site itself (SAELens takes any string)."""
     found = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.+)", site)
+    family = _family(model_name)
     if found:
-        for table in (SAME_EVERYWHERE, GEMMA, LLAMA, GPT2, NEOX):
-            for lens, place in table.items():
-                if place == found[2]:
-                    return f"blocks.{found[1]}.{lens}"
+        for lens, place in (SAME_EVERYWHERE | (family[2] if family else TELLING)).items():
+            if place == found[2]:
+                return f"blocks.{found[1]}.{lens}"
     return site
 
 
@@ -91,6 +93,6 @@ def in_layer(site: str) -> str:
     return ".".join(parts[at:])
 
 
-def _family(model_name: str | None) -> tuple[str, dict[str, str]] | None:
+def _family(model_name: str | None) -> tuple[str, str, dict[str, str]] | None:
     name = (model_name or "").lower()
     return next((family for part, family in FAMILIES.items() if part in name), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeWarning
 from ..sae import SAE
 from .entry import Entry
-from .hook_names import kind_of, layer_of, to_lens, to_site
+from .hook_names import SIDES, kind_of, layer_of, to_lens, to_site
 from .saelens_config import GENERATED, VERSION, Recipe, read
 from .weights import orient, positive, require, subtract_from_bias
 
@@ -33,9 +33,10 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
         folder, _, name = path.rpartition("/")
         config = f"{folder}/{CONFIG}" if folder else CONFIG
         if name == WEIGHTS and config in files:
-            site = to_site(folder.rpartition("/")[2])
-            found.append(Entry(dialect="saelens", weights=path, config=config, site=site, site_out=None,
-                               kind=site and kind_of(site), layer=layer_of(site) if site else None))
+            last = folder.rpartition("/")[2]
+            site = to_site(last) if last.endswith(tuple("." + side for side in SIDES)) else None
+            found.append(Entry(dialect="saelens", weights=path, config=config, site=site,
+                               kind=site and kind_of(site), layer=layer_of(last)))
     return found
 
 
@@ -94,7 +95,8 @@ def dump(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
     architecture = _architecture(sae)
-    read_at, written_at = to_lens(sae.site or ""), to_lens(sae.site_out or "")
+    model = str(sae.metadata.get("model_name") or "")
+    read_at, written_at = to_lens(sae.site or "", model), to_lens(sae.site_out or "", model)
     metadata = {k: v for k, v in sae.metadata.items() if k not in GENERATED}
     metadata |= {"sae_lens_version": VERSION, "hook_name": read_at, "hf_hook_name": sae.site}
     if "transcoder" in architecture:

@@ -80,7 +80,7 @@ def read(config: Mapping[str, Any]) -> Recipe:
     site, site_out = _site(facts, "", model), _site(facts, "_out", model) if transcodes else None
     return Recipe(
         architecture=architecture, needs=ARCHITECTURES[architecture], d_in=size(cfg, "d_in"),
-        d_sae=size(cfg, "d_sae"), d_out=size(cfg, "d_out") if transcodes else None, k=_k(cfg, architecture),
+        d_sae=size(cfg, "d_sae"), d_out=size(cfg, "d_out" if transcodes else "d_in"), k=_k(cfg, architecture),
         apply_b_dec=switch(cfg, "apply_b_dec_to_input", not transcodes), hook=text(facts, "hook_name"), site=site,
         rescale=architecture.startswith("topk") and switch(cfg, "rescale_acts_by_decoder_norm", False),
         site_out=site_out, scales=switch(cfg, "finetuning_scaling_factor", False), l0=number(facts, "l0"),

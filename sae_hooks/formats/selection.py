@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import SaeFormatError, SaeNotFoundError
+from . import DIALECTS
 from .entry import Entry, width_from_label
-from .hook_names import SIDES, in_layer, layer_of
+from .hook_names import SIDES, in_layer, kind_of, layer_of
 
 CANONICAL_L0 = 100.0  # Gemma Scope's "canonical" SAE of a site is the one whose average L0 is nearest to this
 MULTI_LAYER = ("crosscoder", "clt")
@@ -41,6 +42,8 @@ def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str
     try:
         features = width_from_label(width) if isinstance(width, str) else width
         target = CANONICAL_L0 if l0 in (None, "canonical") else float(l0)
+        if not math.isfinite(target):
+            raise ValueError("not finite")
     except ValueError as error:
         raise SaeNotFoundError(f"width is a number or a label such as '16k', l0 a number or 'canonical'; got "
                                f"width={width!r}, l0={l0!r}") from error
@@ -67,31 +70,42 @@ def matches(entry: Entry, want: Wanted) -> bool:
 
 def placed(entry: Entry, want: Wanted) -> Entry:
     """The entry at the site that the caller names, where nothing else tells it; any other entry unchanged."""
-    if entry.site is not None or want.path is None:
+    if entry.site is not None or want.site is None or entry.kind in MULTI_LAYER:
         return entry
-    layer = entry.layer if entry.layer is not None else layer_of(want.path)
-    return replace(entry, site=want.path, site_out=entry.site_out or want.path, layer=layer)
+    layer = entry.layer if entry.layer is not None else _only_layer(want)
+    if want.path:
+        written = entry.site_out or (None if entry.kind == "transcoder" else want.path)
+        return replace(entry, site=want.path, site_out=written, layer=layer, kind=entry.kind or kind_of(want.path))
+    sites = DIALECTS[entry.dialect].sites(want.site, layer) if entry.kind in (None, want.site) else None
+    return replace(entry, site=sites[0], site_out=sites[1], layer=layer, kind=want.site) if sites else entry
 
 
-def choose(found: Sequence[Entry], want: Wanted, where: str) -> list[Entry]:
-    """One entry for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
+def _only_layer(want: Wanted) -> int | None:
+    """The one layer that the caller means, or None."""
+    if want.layers is not None and len(want.layers) == 1:
+        return want.layers[0]
+    return layer_of(want.path) if want.path else None
 
-    Raises SaeNotFoundError listing what there is, SaeFormatError where the site of what is left cannot be told.
+
+def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry]) -> list[Entry]:
+    """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
+
+    Raises SaeNotFoundError listing what is `offered`, SaeFormatError where the site of what is left cannot be told.
     """
     fitting = [entry for entry in found if matches(entry, want)]
     if not fitting:
-        raise SaeNotFoundError(f"{where}: nothing for {_asked(want)}. It offers:\n{summary(found)}")
+        raise SaeNotFoundError(f"{where}: nothing for {_asked(want)}. It offers:\n{summary(offered)}")
     if all(entry.kind in MULTI_LAYER for entry in fitting):
         raise SaeFormatError(f"{where}: {fitting[0].kind} SAEs span several layers; sae_hooks loads single-layer "
-                             f"ones only. It offers:\n{summary(found)}")
+                             f"ones only. It offers:\n{summary(offered)}")
     fitting = [entry for entry in fitting if entry.kind not in MULTI_LAYER]
     lost = [entry.weights for entry in fitting if entry.site is None]
     if lost:
-        raise SaeFormatError(f"{where}: neither its name nor a config tells which site {lost[0]} was trained on; give "
-                             "site= as a module path with its side, such as 'model.layers.20.output'")
+        raise SaeFormatError(f"{where}: neither its name nor a config tells which site {lost[0]} was trained on; "
+                             "give site= as a module path with its side, 'model.layers.2.output', or a kind and layer=")
     missing = sorted(set(want.layers or ()) - {entry.layer for entry in fitting if entry.layer is not None})
     if missing:
-        raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(found)}")
+        raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(offered)}")
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
         best.setdefault((entry.site, entry.site_out), entry)

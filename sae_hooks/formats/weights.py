@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
 
+MOST_NORM = 1e4
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -47,6 +48,19 @@ def positive(threshold: Tensor) -> Tensor:
     if below:
         warnings.warn(f"{below} of {threshold.numel()} thresholds are negative and act as 0", SaeWarning, stacklevel=2)
     return threshold.clamp(min=0) if below else threshold
+
+
+def warn_odd_decoder(W_dec: Tensor) -> None:
+    """Warn of decoder rows that are zero (such features write nothing) or so long that they are no direction in use.
+
+    Published SAEs have rows of norm 1, or of some few; 1e4 leaves room for any sane scale of activations.
+    """
+    norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+    zero, longest = int((norms == 0).sum()), float(norms.max())
+    odd = [f"{zero} of {norms.numel()} decoder rows are zero: these features write nothing"] * bool(zero)
+    odd += [f"decoder row {int(norms.argmax())} has norm {longest:g}"] * (longest > MOST_NORM)
+    if odd:
+        warnings.warn("; ".join(odd), SaeWarning, stacklevel=3)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,238 @@
+"""Configs, links and values that are broken or hostile: refused by file and key, and nothing is imported or followed.
+
+The numbers are the rows of the fault matrix (reference/users-and-faults.md, section 5).
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hub.files import D, F, arrays, write_npz
+
+from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from sae_hooks.formats import gemma_scope
+from sae_hooks.hub import find_saes, load_sae, save_pretrained
+from sae_hooks.safe_files import read_config
+from sae_hooks.weight_files import check_finite, read_tensors
+
+SITE = "model.layers.1.output"
+
+
+def saved(tmp_path, random_sae, d=D, **more):
+    return save_pretrained(random_sae(d, F, SITE, **more), tmp_path / "sae")
+
+
+# --- 18 to 21: configs and links --------------------------------------------------------------------
+
+CONFIGS = {
+    "NaN": (b'{"l0": NaN}', "the config has NaN, which is no finite number"),
+    "minus infinity": (b'{"l0": -Infinity}', "-Infinity"),
+    "1e999": (b'{"l0": 1e999}', "1e999, which is no finite number"),
+    "5000 digits": (b'{"d_in": 1' + b"0" * 5000 + b"}", "a whole number of 5001 digits"),
+    "deep nesting": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "UTF-16": (json.dumps({"d_in": 1}).encode("utf-16"), "the config is not JSON in UTF-8"),
+    "empty": (b"", "the file is empty (0 bytes)"),
+    "only blanks": (b"  \n", "the file is empty (3 bytes)"),
+    "duplicate keys": (b'{"d_in": 1, "d_in": 2}', "the key 'd_in' twice"),
+    "nested duplicate keys": (b'{"metadata": {"l0": 1, "l0": 2}}', "the key 'l0' twice"),
+    "lone surrogate": (b'{"architecture": "\\ud800"}', "the config is not JSON in UTF-8"),
+    "a list": (b"[1]", "the config is a JSON list, expected an object"),
+    "2 MB": (b'{"a": "' + b"x" * 2**21 + b'"}', "larger than 1048576 bytes"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "run `git lfs pull`"),
+    "HTML": (b"<!DOCTYPE HTML><p>", "this is an HTML page"),
+    "cut": (b'{"d_in": 1', "the config is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_18_a_config_that_is_not_strict_json_is_refused_by_file_and_flaw(case, tmp_path, random_sae, cheap):
+    content, tells = CONFIGS[case]
+    folder = saved(tmp_path, random_sae)
+    (folder / "cfg.json").write_bytes(content)
+    with cheap(), pytest.raises(SaeFormatError) as caught:
+        load_sae(folder)
+    assert tells in str(caught.value)
+    assert str(folder / "cfg.json") in str(caught.value)
+
+
+def test_18_true_is_not_a_number_and_the_key_is_named(tmp_path, random_sae):
+    folder = saved(tmp_path, random_sae)
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"d_in": True}))
+    with pytest.raises(SaeFormatError, match=r"cfg\.json: d_in must be a whole number from 1 to 65536, got True"):
+        load_sae(folder)
+
+
+def test_18_a_byte_order_mark_is_accepted(tmp_path, random_sae):
+    folder = saved(tmp_path, random_sae)
+    (folder / "cfg.json").write_bytes(b"\xef\xbb\xbf" + (folder / "cfg.json").read_bytes())
+    assert load_sae(folder).site == SITE
+    assert read_config(folder / "cfg.json")["d_sae"] == F
+
+
+@pytest.mark.parametrize("value", ["../../../../../../etc/passwd", "/etc/passwd", "https://example.com/x", "a\0b"])
+def test_19_names_in_a_config_never_become_paths(value, tmp_path, random_sae, watched):
+    folder = saved(tmp_path, random_sae)
+    config = json.loads((folder / "cfg.json").read_text())
+    config |= dict.fromkeys(("filename", "weights", "path", "sae_path", "checkpoint_path"), value)
+    config["metadata"] |= {"hook_name": value, "dataset_path": value, "neuronpedia_id": value}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    load_sae(folder)  # everything that is imported late is imported now
+    with watched() as opened:
+        load_sae(folder)
+    files = [line.removeprefix("open ") for line in opened if line.startswith("open ")]
+    assert files
+    assert [path for path in files if not path.startswith(str(folder))] == []
+
+
+def test_20_code_that_a_config_asks_for_is_not_imported(tmp_path, random_sae, watched, caplog):
+    folder = saved(tmp_path, random_sae)
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    config = json.loads((folder / "cfg.json").read_text())
+    config |= {"auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True}
+    config["metadata"]["model_from_pretrained_kwargs"] = {"trust_remote_code": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    load_sae(folder)
+    with watched() as events, caplog.at_level("INFO", "sae_hooks"):
+        sae = load_sae(folder)
+    assert not [line for line in events if line.startswith(("import", "exec", "os.system", "subprocess"))]
+    assert "auto_map, trust_remote_code, model_from_pretrained_kwargs read as text and not used" in caplog.text
+    assert not {"auto_map", "trust_remote_code", "model_from_pretrained_kwargs"} & set(sae.metadata)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_21_a_link_out_of_the_folder_is_unsafe(name, tmp_path, random_sae):
+    folder = saved(tmp_path, random_sae)
+    outside = tmp_path / "outside"
+    shutil.move(folder / name, outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UnsafeFileError, match=f"{name} is a link to .*outside, outside"):
+        load_sae(folder)
+
+
+def test_21_a_link_inside_the_folder_works(tmp_path, random_sae):
+    folder = saved(tmp_path, random_sae)
+    (folder / "real").mkdir()
+    shutil.move(folder / "sae_weights.safetensors", folder / "real/w")
+    (folder / "sae_weights.safetensors").symlink_to("real/w")
+    assert load_sae(folder).site == SITE
+
+
+def test_21_in_a_hub_cache_links_lead_to_the_blobs_and_the_shared_blobs_and_nowhere_else(tmp_path, random_sae):
+    repo = tmp_path / "hub/models--me--mine"
+    folder = save_pretrained(random_sae(D, F, SITE), repo / "snapshots/abc")
+    weights = folder / "sae_weights.safetensors"
+    for home in (repo / "blobs", tmp_path / "hub/blobs/12"):
+        home.mkdir(parents=True)
+        shutil.move(weights.resolve(), home / "1234")
+        weights.unlink(missing_ok=True)
+        weights.symlink_to(home / "1234")
+        assert load_sae(folder).site == SITE
+    outside = tmp_path / "hub/models--me--other"
+    shutil.move(weights.resolve(), outside)
+    weights.unlink()
+    weights.symlink_to(outside)
+    with pytest.raises(UnsafeFileError, match=r"a link to .*models--me--other, outside .*models--me--mine"):
+        load_sae(folder)
+
+
+def test_21_a_loop_of_links_is_a_format_error_and_a_dead_link_is_not_found(tmp_path, random_sae):
+    folder = saved(tmp_path, random_sae)
+    path = folder / "sae_weights.safetensors"
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(SaeFormatError, match="cannot be followed"):
+        load_sae(folder)
+    path.unlink()
+    path.symlink_to("nothing")
+    with pytest.raises(SaeNotFoundError, match="a link to nothing"):
+        load_sae(folder)
+
+
+# --- 23, 24, 27: what is in the tensors -----------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])
+def test_23_a_value_that_is_not_finite_is_named_counted_and_placed(name, value, tmp_path):
+    found = arrays()
+    found[name].reshape(-1)[-2:] = value
+    first = tuple(int(n) for n in np.argwhere(~np.isfinite(found[name]))[0])
+    path = write_npz(tmp_path / "params.npz", found)
+    with pytest.raises(SaeFormatError) as caught:
+        load_sae(path, site=SITE)
+    assert f"{path}: {name} has 2 NaN or infinite values, the first at {first}" in str(caught.value)
+
+
+def test_23_every_tensor_with_nan_is_named_at_once(tmp_path):
+    found = arrays()
+    found["W_enc"][0, 0] = found["b_dec"][1] = np.nan
+    with pytest.raises(SaeFormatError, match=r"W_enc has 1 NaN.*; b_dec has 1 NaN .* \(1,\)"):
+        load_sae(write_npz(tmp_path / "params.npz", found), site=SITE)
+
+
+def test_23_large_finite_values_are_not_taken_for_infinite():
+    check_finite({"W_enc": torch.full((1000,), 6e4, dtype=torch.float16), "b": torch.full((8,), 3e38)})
+
+
+def test_24_a_transposed_encoder_in_a_file_is_turned(tmp_path):
+    found = arrays()
+    straight = load_sae(write_npz(tmp_path / "a/params.npz", found), site=SITE)
+    turned = load_sae(write_npz(tmp_path / "b/params.npz", found | {"W_enc": found["W_enc"].T.copy()}), site=SITE)
+    assert torch.equal(straight.W_enc, turned.W_enc)
+
+
+def test_24_a_file_of_another_width_than_its_folder_says_is_refused(tmp_path):
+    path = tmp_path / "gemma-scope-2b-pt-res/layer_3/width_4k/average_l0_9/params.npz"
+    write_npz(path)
+    with pytest.raises(SaeFormatError, match="says 4096 features, its header 32"):
+        find_saes(path)
+
+
+def test_24_a_file_on_the_hub_that_is_not_what_its_path_says_is_refused_when_it_comes(repo, cache):
+    made = repo()
+    write_npz(made.dir / "layer_1/width_4k/average_l0_82/params.npz")
+    [found] = find_saes(made.id, cache_dir=cache)
+    with pytest.raises(SaeFormatError, match="not what its name, size or config says: width is 32, expected 4096"):
+        found.load()
+
+
+def test_24_tensors_that_do_not_fit_are_a_mismatch_that_names_the_file(tmp_path):
+    path = write_npz(tmp_path / "params.npz", arrays() | {"b_dec": np.zeros(D + 1, np.float32)})
+    with pytest.raises(SaeMismatchError, match=r"params.npz: tensors do not fit together: W_dec is \(32, 4\)"):
+        load_sae(path, site=SITE)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.bool_])
+def test_27_integer_weights_are_refused_by_name(dtype, tmp_path):
+    path = write_npz(tmp_path / "params.npz", arrays() | {"W_dec": np.ones((F, D), dtype)})
+    with pytest.raises(SaeFormatError, match=r"W_dec is (int8|int32|bool); an SAE has float16, bfloat16, float32"):
+        load_sae(path, site=SITE)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_27_every_float_is_read_as_it_is(dtype, tmp_path):
+    found = arrays()
+    path = write_npz(tmp_path / "params.npz", {name: array.astype(dtype) for name, array in found.items()})
+    sae = load_sae(path, site=SITE)
+    assert sae.W_enc.dtype == {np.float16: torch.float16, np.float64: torch.float64}.get(dtype, torch.float32)
+    np.testing.assert_allclose(sae.W_dec.float().numpy(), found["W_dec"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "norm", "tells"), [
+    (slice(3, 5), 0, "2 of 32 decoder rows are zero"), (slice(7, 8), 1e6, "decoder row 7 has norm 1e.06")])
+def test_27_decoder_rows_of_no_length_or_an_absurd_one_are_warned_about(rows, norm, tells, tmp_path):
+    found = arrays()
+    found["W_dec"] /= np.linalg.norm(found["W_dec"], axis=1, keepdims=True)
+    found["W_dec"][rows] *= norm
+    path = write_npz(tmp_path / "params.npz", found)
+    with pytest.warns(SaeWarning, match=tells):
+        load_sae(path, site=SITE)
+
+
+def test_read_tensors_refuses_names_before_it_reads_data(tmp_path, cheap):
+    path = tmp_path / "big.npz"
+    np.savez(path, W_enc=np.zeros(2), extra=np.zeros(2**21))
+    with cheap(megabytes=4), pytest.raises(UnsafeFileError, match="'extra'"):
+        read_tensors(path, gemma_scope.NAMES)
