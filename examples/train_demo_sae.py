@@ -1,0 +1,227 @@
+"""Train the demo's SAE from a JSONL file of texts: harvest, train, evaluate, write the folder with its card.
+
+    python examples/train_demo_sae.py --text train.jsonl.xz --held-out held-out.jsonl --cache acts --out sae
+
+Each line of the files is {"text": ..., "domain": ...}. A harvest that was cut off goes on with the same
+command; more processes help with `--worker 1/2` (and 0/2 for this one), each harvesting its share. Afterwards
+`--contexts 8` prints where the features of the SAE in --out fire most, from which its labels.json is written
+by hand, and writes features.json and the card anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo_card import card
+from smollm2 import MODEL_NAME, load_smollm2
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_hooks.hub import load_sae
+from sae_hooks.sae import SAE
+from sae_hooks.training import (
+    Evaluation,
+    HarvestInfo,
+    JumpReLUObjective,
+    Loss,
+    Shards,
+    TrainConfig,
+    context_windows,
+    evaluate,
+    fold_scale,
+    fresh_sae,
+    measure_norms,
+    padded_batches,
+    read_info,
+    top_contexts,
+    train,
+    write_shards,
+)
+from sae_hooks.training.schedules import cosine_warmup, linear_end, linear_warmup, product
+
+WINDOWS_PER_SHARD = 128
+PATHS = ("text", "held_out", "cache", "out", "worker", "contexts")  # arguments that don't decide the numbers
+
+
+def arguments() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--text", type=Path, required=True, help="training texts, .jsonl or .jsonl.xz")
+    p.add_argument("--held-out", type=Path, required=True, help="texts never trained on, for the evaluation")
+    p.add_argument("--cache", type=Path, required=True, help="for activations: 1.2 GB a million tokens")
+    p.add_argument("--out", type=Path, required=True, help="folder of the SAE")
+    p.add_argument("--layer", type=int, default=15)
+    p.add_argument("--d-sae", type=int, default=8192)
+    p.add_argument("--tokens", type=int, default=2_000_000, help="distinct tokens to train on")
+    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--batch-size", type=int, default=1024)
+    p.add_argument("--learning-rate", type=float, default=1e-3)
+    p.add_argument("--sparsity", type=float, default=0.0012, help="squared error that a feature must buy")
+    p.add_argument("--bandwidth", type=float, default=0.03, help="of the kernel, at unit mean square")
+    p.add_argument("--threshold", type=float, default=0.03, help="at the start, at unit mean square")
+    p.add_argument("--window", type=int, default=256, help="tokens of context")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--held-out-windows", type=int, default=240)
+    p.add_argument("--worker", default="0/1", help="I/N: harvest every Nth shard from I on; only 0 trains")
+    p.add_argument("--contexts", type=int, metavar="N", help="describe the features instead")
+    return p
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    model, tokenizer = load_smollm2(torch.bfloat16)  # twice float32's speed on CPUs with bf16 instructions
+    if args.contexts:
+        describe(args, model, tokenizer)
+        return
+    harvest(args, model, tokenizer)
+    if args.worker.startswith("0/"):
+        sae = trained(args)
+        ship(args, sae, measured(args, model, tokenizer, sae))
+
+
+def texts(path: Path) -> list[str]:
+    """The texts of a .jsonl or .jsonl.xz file."""
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    return [json.loads(line)["text"] for line in data.decode().splitlines()]
+
+
+def windows_of(path: Path, args: argparse.Namespace, tokenizer: Any) -> list[Any]:
+    ids = tokenizer(texts(path), add_special_tokens=False)["input_ids"]
+    return context_windows(ids, args.window, args.seed)
+
+
+def held_out(args: argparse.Namespace, tokenizer: Any) -> list[tuple[Tensor, Tensor]]:
+    windows = windows_of(args.held_out, args, tokenizer)[:args.held_out_windows]
+    return list(padded_batches(windows, tokens=1024))
+
+
+def site_of(args: argparse.Namespace) -> str:
+    return f"model.layers.{args.layer}.output"
+
+
+def harvest(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) -> None:
+    """Fill the cache with this worker's share of args.tokens."""
+    worker, workers = map(int, args.worker.split("/"))
+    windows, special = windows_of(args.text, args, tokenizer), tokenizer.all_special_ids
+    info = harvest_info(args, model, windows, special)
+    windows = windows[:windows_wanted(args, windows)]
+    with tqdm(desc="harvest", unit=" tokens", total=args.tokens // workers) as bar:
+        for tokens in write_shards(model, args.cache, [info], windows, special, worker=worker,
+                                   workers=workers, windows_per_shard=WINDOWS_PER_SHARD):
+            bar.update(tokens)
+
+
+def windows_wanted(args: argparse.Namespace, windows: list[Any]) -> int:
+    """How many windows hold args.tokens ordinary tokens, if two of each are sinks; whole shards."""
+    enough = int(np.searchsorted(np.cumsum([len(w) - 2 for w in windows]), args.tokens))
+    return (enough // WINDOWS_PER_SHARD + 1) * WINDOWS_PER_SHARD
+
+
+def harvest_info(args: argparse.Namespace, model: torch.nn.Module, windows: list[Any],
+                 special: list[int]) -> HarvestInfo:
+    """What the cache says of itself, or will say."""
+    if (args.cache / site_of(args) / "harvest.json").exists():
+        return read_info(args.cache / site_of(args))
+    typical, rms, d_in = measure_norms(model, site_of(args), windows[:64], special)
+    return HarvestInfo(site=site_of(args), model_name=MODEL_NAME, typical_norm=typical, rms_norm=rms,
+                       d_in=d_in, window=args.window, seed=args.seed)
+
+
+def trained(args: argparse.Namespace) -> SAE:
+    """The SAE for raw activations, with its metadata, from the activations in the cache."""
+    shards = Shards(args.cache / site_of(args), args.tokens)
+    total = len(shards) // args.batch_size * args.epochs
+    mean = next(shards.batches(min(len(shards), 20_000), args.seed)).mean(0)
+    sae = fresh_sae(shards.info.d_in, args.d_sae, mean=mean, threshold=args.threshold, seed=args.seed)
+    objective = JumpReLUObjective(sparsity=args.sparsity, bandwidth=args.bandwidth,
+                                  warmup=linear_warmup(round(0.3 * total)))
+    schedule = product(cosine_warmup(min(100, total // 10)), linear_end(total, 0.5))
+    config = TrainConfig(learning_rate=args.learning_rate, schedule=schedule)
+    with tqdm(desc="train", unit=" steps", total=total) as bar:
+        train(sae, epochs(shards, args), objective, config, lambda step, loss: show(bar, loss))
+    sae = fold_scale(sae, shards.info.rms_norm)
+    sae.site = sae.site_out = shards.info.site
+    sae.metadata |= {"model_name": MODEL_NAME, "typical_norm": shards.info.typical_norm,
+                     "n_tokens": len(shards), "seed": args.seed, "dataset": args.text.name,
+                     "recipe": recipe(args)}
+    return sae
+
+
+def epochs(shards: Shards, args: argparse.Namespace) -> Iterator[Tensor]:
+    for epoch in range(args.epochs):
+        yield from shards.batches(args.batch_size, args.seed + epoch)
+
+
+def show(bar: Any, loss: Loss) -> None:
+    bar.update()
+    if bar.n % 20 == 0:
+        bar.set_postfix_str(f"error {loss.reconstruction:.3f} L0 {loss.l0:.0f}")
+
+
+def recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide the numbers; no paths."""
+    return {name: value for name, value in vars(args).items() if name not in PATHS}
+
+
+def measured(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any, sae: SAE) -> Evaluation:
+    """The SAE as it will be stored, on held-out text."""
+    batches = tqdm(held_out(args, tokenizer), desc="evaluate", unit=" batches")
+    return evaluate(model, stored_form(sae).float(), batches, tokenizer.all_special_ids)
+
+
+def stored_form(sae: SAE) -> SAE:
+    """The SAE with fp16 matrices, half the size."""
+    return SAE(sae.W_enc.half(), sae.b_enc, sae.W_dec.half(), sae.b_dec, threshold=sae.threshold,
+               site=sae.site, metadata=sae.metadata)
+
+
+def ship(args: argparse.Namespace, sae: SAE, result: Evaluation) -> None:
+    """Write the folder: fp16 matrices, config, and the card."""
+    sae = stored_form(sae)
+    sae.metadata |= {"l0": round(result.l0, 1), "fvu": round(result.fvu, 4), "dead": round(result.dead, 4),
+                     "loss_clean": round(result.loss_clean, 4), "loss_spliced": round(result.loss_spliced, 4),
+                     "loss_zero": round(result.loss_zero, 4), "held_out_tokens": result.tokens,
+                     "loss_recovered": round(result.loss_recovered, 4)}
+    folder = sae.save_pretrained(args.out)
+    write_card(folder, sae)
+    print(f"{folder}: L0 {result.l0:.1f}, FVU {result.fvu:.3f}, dead {result.dead:.1%}, "
+          f"loss +{result.delta_loss:.3f} nats, recovered {result.loss_recovered:.4f}")
+
+
+def write_card(folder: Path, sae: SAE) -> None:
+    """Write README.md, with the labels where there are some."""
+    labels, features = (read_json(folder / name) for name in ("labels.json", "features.json"))
+    unknown = {"maximum": [0.0] * sae.d_sae, "frequency": [0.0] * sae.d_sae}
+    (folder / "README.md").write_text(card(sae, labels, features or unknown))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def describe(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) -> None:
+    """Print where each feature of the SAE in args.out fires most, rare ones first; write features.json."""
+    sae = load_sae(args.out)
+    batches = tqdm(held_out(args, tokenizer), desc="contexts", unit=" batches")
+    found = top_contexts(model, sae.float(), batches, tokenizer.all_special_ids, keep=args.contexts)
+    every = range(sae.d_sae)
+    facts = {"tokens": found.tokens, "maximum": [round(found.maximum(f), 1) for f in every],
+             "frequency": [round(found.frequency(f), 6) for f in every]}
+    (args.out / "features.json").write_text(json.dumps(facts))
+    write_card(args.out, sae)
+    for feature in found.fired.argsort().tolist():
+        print(f"\nfeature {feature}: on {found.frequency(feature):.3%}, at most {found.maximum(feature):.1f}")
+        for c in found.top(feature):
+            before, token, after = (tokenizer.decode(list(ids)) for ids in (c.before, (c.token,), c.after))
+            print(f"  {c.activation:7.1f}  {before!r} [{token!r}] {after!r}")
+
+
+if __name__ == "__main__":
+    main()
