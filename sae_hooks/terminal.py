@@ -1,0 +1,93 @@
+"""What the command line shows: tables on stdout; progress bars and short warnings on stderr. rich is imported late."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
+
+Item = TypeVar("Item")
+PIPE_WIDTH = 200  # columns of a table that no terminal shows
+TEXT_COLUMNS = ("site", "SAE", "path")  # to the left, all others to the right
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stdout: as wide as the terminal, or whole lines in a pipe. None shows as a dash."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(name, overflow="fold", justify="left" if name in TEXT_COLUMNS else "right")
+    for row in rows:
+        table.add_row(*("-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+
+
+def _bar() -> Progress:
+    """A progress bar on stderr with rate and time left; it vanishes when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn(),
+                    console=Console(stderr=True), transient=True)
+
+
+def progress(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """The items, with a progress bar on stderr."""
+    with _bar() as bar:
+        yield from bar.track(items, description=what)
+
+
+@contextmanager
+def ticks(total: int) -> Iterator[Any]:
+    """Stopping criteria for `generate` that stop nothing, but move a progress bar at each token."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    with _bar() as bar:
+        task = bar.add_task("tokens", total=total)
+
+        class Tick(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:
+                bar.advance(task)
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        yield StoppingCriteriaList([Tick()])
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on stderr while the block runs."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Warnings as one line each, for people."""
+    def show(message: Warning | str, *rest: Any, **named: Any) -> None:
+        typer.secho(f"warning: {message}", err=True, fg="yellow")
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
