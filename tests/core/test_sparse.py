@@ -1,0 +1,104 @@
+"""SparseFeatures: rows of features with where each came from."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae_hooks import SaeMismatchError, SparseFeatures
+from sae_hooks.sparse import concatenate
+
+DENSE = torch.tensor([
+    [0.0, 2.0, 0.0, 1.0, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0],
+    [3.0, 4.0, 5.0, 0.0, 6.0],
+    [0.0, 0.0, 7.0, 0.0, 0.0],
+])
+
+
+def made(dense=DENSE, doc=0):
+    rows, columns = dense.nonzero(as_tuple=True)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)])
+    n = torch.arange(len(dense))
+    return SparseFeatures(indptr, columns, dense[rows, columns], dense.shape[1], n * 0 + doc, n, n + 100)
+
+
+@pytest.fixture
+def features():
+    return made()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")  # torch says so once a process
+def test_to_dense_to_torch_and_to_scipy_hold_the_same_values(features):
+    assert torch.equal(features.to_dense(), DENSE)
+    assert torch.equal(features.to_torch().to_dense(), DENSE)
+    scipy = features.to_scipy()
+    assert scipy.shape == (4, 5)
+    assert np.array_equal(scipy.toarray(), DENSE.numpy())
+
+
+@pytest.mark.parametrize("rows", [
+    slice(1, 3), slice(None, None, 2), slice(4, 9), [2, 0], [3, 3, 1], torch.tensor([2, 1]), torch.tensor([-1]), [],
+    torch.tensor([True, False, True, False]), [False, True, False, True], torch.zeros(4, dtype=torch.bool),
+])
+def test_rows_are_chosen_as_torch_chooses_them(features, rows):
+    got = features[rows]
+    index = torch.tensor(rows, dtype=torch.int64) if rows == [] else rows
+    assert torch.equal(got.to_dense(), DENSE[index])
+    assert torch.equal(got.token_id, features.token_id[index])
+    assert torch.equal(got.position, features.position[index])
+    assert len(got) == len(DENSE[index])
+
+
+@pytest.mark.parametrize("row", [0, 1, 3, -1, -4])
+def test_one_row_is_a_sparse_features_of_one_row(features, row):
+    assert torch.equal(features[row].to_dense(), DENSE[row][None])
+    assert features[row].token_id.tolist() == [100 + row % 4]
+
+
+@pytest.mark.parametrize("row", [4, -5])
+def test_a_row_that_is_not_there_is_an_index_error(features, row):
+    with pytest.raises(IndexError):
+        features[row]
+
+
+def test_iteration_ends_after_the_last_row(features):
+    assert [row.token_id.item() for row in features] == [100, 101, 102, 103]
+
+
+def test_top_gives_each_rows_strongest_features_first(features):
+    assert features.top(2) == [[(1, 2.0), (3, 1.0)], [], [(4, 6.0), (2, 5.0)], [(2, 7.0)]]
+    assert features.top(0) == [[], [], [], []]
+
+
+def test_l0_and_repr_count_active_features_per_token(features):
+    assert features.l0 == 7 / 4
+    assert repr(features) == "SparseFeatures(4 tokens x 5 features, 1.8 active per token)"
+    assert features[[]].l0 == 0.0
+
+
+def test_rows_tells_the_row_of_each_entry(features):
+    assert features.rows.tolist() == [0, 0, 2, 2, 2, 2, 3]
+
+
+def test_concatenate_keeps_rows_and_where_they_came_from(features):
+    joined = concatenate([features, made(DENSE[:2], doc=1), made(DENSE[:0], doc=2)])
+    assert torch.equal(joined.to_dense(), torch.cat([DENSE, DENSE[:2]]))
+    assert joined.doc_id.tolist() == [0, 0, 0, 0, 1, 1]
+    assert joined.position.tolist() == [0, 1, 2, 3, 0, 1]
+    assert torch.equal(joined[4:].to_dense(), DENSE[:2])
+
+
+def test_features_of_two_widths_or_of_nothing_are_not_joined(features):
+    with pytest.raises(SaeMismatchError, match="widths"):
+        concatenate([features, made(torch.zeros(1, 6))])
+    with pytest.raises(SaeMismatchError):
+        concatenate([])
+
+
+@pytest.mark.parametrize("short", ["doc_id", "position", "token_id", "values"])
+def test_columns_of_different_lengths_are_refused(features, short):
+    parts = dict(vars(features))
+    parts[short] = parts[short][:-1]
+    with pytest.raises(SaeMismatchError, match=short if short != "values" else "indices and values"):
+        SparseFeatures(**parts)
+
