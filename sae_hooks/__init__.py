@@ -6,7 +6,7 @@ with model.saes.clamp({1234: 80.0}, layer=20):
 """
 
 from .attach import attach_saes, detach_saes
-from .edits import Edit, Edits
+from .edits import Edits
 from .errors import (
     EditError,
     SaeAttachError,
@@ -26,7 +26,6 @@ from .sparse import SparseFeatures
 __version__ = "0.1.0"
 __all__ = [
     "SAE",
-    "Edit",
     "EditError",
     "Edits",
     "SaeAttachError",

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from . import hub, sites
 from .errors import SaeAttachError, SaeMismatchError, SiteError
-from .hooks import GenerateHook, PassHook, SiteHook
+from .hooks import GenerateHook, PackedHook, PassHook, SiteHook
 from .runtime import Runtime, Slot
 from .sae import SAE
 from .saes import Saes
@@ -57,7 +57,9 @@ def attach_saes(
     present = _present(model)
     root = _root(model) if present is None else present._model
     slots = _slots(root, offers, name)
-    _check_free(slots, present)
+    _check_free(slots, present, name is not None)
+    if not isinstance(getattr(root, "saes", None), (Saes, type(None))):
+        raise SaeAttachError(f"{type(root).__name__} has an attribute `saes` of its own, where model.saes would stand")
     if preload:
         for slot in slots:
             slot.sae  # noqa: B018  (loads, and raises before anything is attached)
@@ -71,7 +73,7 @@ def detach_saes(model: nn.Module) -> None:
     if saes is not None:
         saes._installed.remove()
         del saes._model.__dict__["saes"]
-        _forget_compiled()
+        _compile_anew(saes._runtime, attached=False)
 
 
 @dataclass
@@ -198,15 +200,17 @@ def _check_fit(model: nn.Module, offer: Offer, read: sites.Site, write: sites.Si
         raise SaeMismatchError("; ".join(wrong) + ": made for another model?")
 
 
-def _check_free(slots: Sequence[Slot], present: Saes | None) -> None:
-    taken = set(present or ())
+def _check_free(slots: Sequence[Slot], present: Saes | None, named: bool) -> None:
+    """Raise SaeAttachError if a name is taken, or if a slot without one reads where another SAE reads already."""
+    taken = list(present._slots.values()) if present else []
     for slot in slots:
-        if slot.name in taken:
+        at_site = [other.name for other in taken if not named and other.read.key == slot.read.key]
+        if at_site or any(slot.name == other.name for other in taken):
             raise SaeAttachError(
-                f"an SAE named {slot.name!r} is attached already; give name= to attach a second one at its site, "
-                "or detach_saes(model) first"
+                f"an SAE named {(at_site or [slot.name])[0]!r} is attached at {slot.read} already; give name= to "
+                "attach a second one there, or detach_saes(model) first"
             )
-        taken.add(slot.name)
+        taken.append(slot)
 
 
 def _install(model: nn.Module, slots: Sequence[Slot], present: Saes | None) -> None:
@@ -227,7 +231,7 @@ def _install(model: nn.Module, slots: Sequence[Slot], present: Saes | None) -> N
         raise
     saes._slots.update({slot.name: slot for slot in slots})
     model.__dict__["saes"] = saes
-    _forget_compiled()
+    _compile_anew(installed.runtime, attached=True)
 
 
 def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
@@ -268,12 +272,21 @@ def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
         if before.runtime is not installed.runtime:
             raise SaeAttachError("SAEs are attached already, through another wrapper of this model; use that or detach")
         return
-    maker.__dict__["generate"] = GenerateHook(installed.runtime, maker, maker.generate)  # type: ignore[arg-type]
+    for kind in (GenerateHook, PackedHook):
+        if hasattr(maker, kind.name):
+            _stand_before(maker, kind, installed)
+
+
+def _stand_before(maker: nn.Module, kind: type[GenerateHook], installed: Installed) -> None:
+    """Put a hook over a method of one model."""
+    before = maker.__dict__.get(kind.name)
+    ours = maker.__dict__[kind.name] = kind(installed.runtime, maker, getattr(maker, kind.name))
 
     def undo() -> None:
-        del maker.__dict__["generate"]
-        if before is not None:
-            maker.__dict__["generate"] = before
+        if maker.__dict__.get(kind.name) is ours:  # else somebody has put his own over it since
+            del maker.__dict__[kind.name]
+            if before is not None:
+                maker.__dict__[kind.name] = before
 
     installed.undo.append(undo)
 
@@ -305,8 +318,24 @@ def _special_ids(model: nn.Module) -> frozenset[int]:
     return frozenset(i for i in found if isinstance(i, int))
 
 
-def _forget_compiled() -> None:
-    """torch.compile does not notice hooks added to what it has compiled, so make it compile anew."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()
+_attached: WeakSet[Runtime] = WeakSet()
+_skipped: list[Any] = []  # what torch's setting was before the first attach
+
+
+def _compile_anew(runtime: Runtime, attached: bool) -> None:
+    """Make torch.compile drop what it has compiled, and tell modules with hooks from others while any are attached.
+
+    By default it does neither: late hooks never run, and the layers of a model share graphs, so that one with a hook
+    may run the graph of one without (edits inside layers were lost in most passes). The setting itself belongs to one
+    thread; its default, which is changed here, to all.
+    """
+    from torch import _dynamo as dynamo  # slow to import, and imported by our hooks anyway
+
+    (_attached.add if attached else _attached.discard)(runtime)
+    entry = dynamo.config._config["skip_nnmodule_hook_guards"]  # type: ignore[attr-defined]
+    if _attached and not _skipped:
+        _skipped.append(entry.default)
+        entry.default = False
+    elif not _attached and _skipped:
+        entry.default = _skipped.pop()
+    dynamo.reset()

@@ -21,12 +21,13 @@ class Captured(Mapping[str, SparseFeatures]):
     sequences) once. A token computed twice (no cache, prompt lookup) counts once, with its last values; guesses that
     never made it into the text, and the last token generated, which no pass has read, have no row. Padding has none
     either; special tokens and attention sinks have an empty one, unless `special_tokens=True`. `passes(name)` gives
-    each pass as it came.
+    each pass as it came. In a beam search a document is a place in the beam: its generated rows are what was computed
+    there step by step, not the text of one hypothesis.
     """
 
     def __init__(self, saes: Mapping[str, Callable[[torch.device], SAE]]) -> None:
         self._saes = saes
-        self._parts: dict[str, list[tuple[SparseFeatures, Tensor, Generation | None]]] = {name: [] for name in saes}
+        self._parts: dict[str, list[_Part]] = {name: [] for name in saes}
         self._documents: dict[str, _Documents] = {name: _Documents() for name in saes}
 
     def __getitem__(self, name: str) -> SparseFeatures:
@@ -34,8 +35,8 @@ class Captured(Mapping[str, SparseFeatures]):
         if not parts:
             raise SaeMismatchError(f"no forward pass has reached {name} yet")
         device = parts[0][0].values.device
-        final = torch.cat([column < _end(generation) for _, column, generation in parts]).to(device)
-        joined = concatenate([features for features, _, _ in parts])
+        final = torch.cat([_final(part) for part in parts]).to(device)
+        joined = concatenate([features for features, *_ in parts])
         return joined[_last_of_each(joined, final)]
 
     def __iter__(self) -> Iterator[str]:
@@ -49,7 +50,7 @@ class Captured(Mapping[str, SparseFeatures]):
 
     def passes(self, name: str) -> list[SparseFeatures]:
         """The features of each forward pass, in the order they ran; generated tokens one pass at a time."""
-        return [features for features, _, _ in self._parts[name]]
+        return [features for features, *_ in self._parts[name]]
 
     def sink(self, name: str) -> Callable[[Tensor, Tensor, Pass], None]:
         """What the hook calls with (x, chosen, pass)."""
@@ -57,9 +58,12 @@ class Captured(Mapping[str, SparseFeatures]):
         def take(x: Tensor, chosen: Tensor, now: Pass) -> None:
             first = self._documents[name].first(now, x)
             features, column = _features(self._saes[name](x.device), x.detach(), chosen, now, first)
-            self._parts[name].append((features, column, now.generation))
+            self._parts[name].append((features, first, column, now.generation))
 
         return take
+
+
+_Part = tuple[SparseFeatures, int, Tensor, Generation | None]  # of a pass, with its first document and the columns
 
 
 class _Documents:
@@ -71,7 +75,7 @@ class _Documents:
 
     def first(self, now: Pass, x: Tensor) -> int:
         rows = now.shape[0] if now.shape else x.shape[0] if x.ndim > 2 else 1
-        fresh = isinstance(now.start, int) and now.start == 0
+        fresh = int(now.start) == 0
         same = now.generation is self.generation if now.generation is not None else not fresh and rows == self.rows
         if not same:
             self.base += self.rows
@@ -105,9 +109,12 @@ def _provenance(now: Pass, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows, now.positions(x.device).flatten(), ids, now.columns(x.device).repeat(batch)
 
 
-def _end(generation: Generation | None) -> float:
-    """First column that the text did not keep, or whose activations no plain decoding would have computed."""
-    return float("inf") if generation is None or generation.length is None else generation.length - 1
+def _final(part: _Part) -> Tensor:
+    """Which rows of a pass are tokens that the text kept, and that plain decoding would have read."""
+    features, first, column, generation = part
+    if generation is None:
+        return torch.ones_like(column, dtype=torch.bool)
+    return generation.read(features.doc_id - first, column)
 
 
 def _last_of_each(features: SparseFeatures, final: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,15 +89,31 @@ def check(model: nn.Module, runtime: Runtime, slots: Sequence[Slot], inputs: Any
     model."""
     if runtime.requests():
         raise EditError("close the open edits, splices and captures first: check measures the model as it is")
-    ids, mask = _inputs(inputs)
-
-    def loss() -> float:
-        return cross_entropy(model(input_ids=ids, attention_mask=mask).logits, ids, mask)
-
+    trial = Trial(model, runtime, *_inputs(inputs))
     statistics = {slot: Statistics() for slot in slots}
-    with _open(runtime, [_watch(slot, s) for slot, s in statistics.items()]):
-        clean = loss()
-    return Report(_row(model, runtime, slot, s, clean, loss) for slot, s in statistics.items())
+    clean = trial.loss(*[_watch(slot, s) for slot, s in statistics.items()])
+    return Report(_row(trial, slot, s, clean) for slot, s in statistics.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What every measurement is made on: the model with what is open on it, token ids and mask (batch, tokens)."""
+
+    model: nn.Module
+    runtime: Runtime
+    ids: Tensor
+    mask: Tensor
+
+    def loss(self, *requests: Request) -> float:
+        """Next-token cross-entropy of a forward pass with these requests open, nats a token."""
+        with _open(self.runtime, list(requests)):
+            logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
+        return cross_entropy(logits, self.ids, self.mask)
+
+    def ordinary(self) -> Tensor:
+        """Boolean (batch, tokens): neither padding nor a special token."""
+        special = torch.tensor(sorted(self.runtime.special_ids), dtype=self.ids.dtype, device=self.ids.device)
+        return self.mask.to(self.ids.device).bool() & ~torch.isin(self.ids, special)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
@@ -109,23 +125,20 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
     return float(total[kept.flatten().to(total.device)].mean())
 
 
-def _row(model: nn.Module, runtime: Runtime, slot: Slot, s: Statistics, clean: float, loss: Callable[[], float]) -> Row:
-    with _open(runtime, [SpliceRequest(slot)]):
-        spliced = loss()
-    with _open(runtime, [SpliceRequest(slot, rebuild=_zeros)]):
-        zero = loss()
+def _row(trial: Trial, slot: Slot, s: Statistics, clean: float) -> Row:
+    spliced, zero = trial.loss(SpliceRequest(slot)), trial.loss(SpliceRequest(slot, rebuild=_zeros))
     fired = torch.as_tensor(s.fired)
     dead = float((fired == 0).float().mean()) if s.n else float("nan")
-    verdict = _verdict(model, runtime, slot, s, loss)
+    verdict = _verdict(trial, slot, s)
     return Row(slot.name, s.fvu, float(fired.sum()) / max(s.n, 1), dead, s.n, clean, spliced, zero, verdict)
 
 
-def _verdict(model: nn.Module, runtime: Runtime, slot: Slot, s: Statistics, loss: Callable[[], float]) -> str:
+def _verdict(trial: Trial, slot: Slot, s: Statistics) -> str:
     if not s.n:
         return "no ordinary token in these inputs: nothing was measured"
     if s.fvu <= POOR:
         return "fits"
-    better = _neighbours(model, runtime, slot, loss)
+    better = _neighbours(trial, slot)
     nearest = min(better, key=lambda name: better[name], default=None)
     if nearest is not None and better[nearest] < min(POOR, s.fvu):
         return f"wrong layer? It explains {nearest} better (FVU {better[nearest]:.2f})"
@@ -135,8 +148,8 @@ def _verdict(model: nn.Module, runtime: Runtime, slot: Slot, s: Statistics, loss
     )
 
 
-def _neighbours(model: nn.Module, runtime: Runtime, slot: Slot, loss: Callable[[], float]) -> dict[str, float]:
-    """FVU of the SAE at the same place one layer before and after."""
+def _neighbours(trial: Trial, slot: Slot) -> dict[str, float]:
+    """FVU of the SAE at the same place one layer before and after, over ordinary tokens."""
     number = re.search(r"\.(\d+)(?=\.|$)", slot.read.path)
     if number is None or slot.crosses:
         return {}
@@ -144,14 +157,14 @@ def _neighbours(model: nn.Module, runtime: Runtime, slot: Slot, loss: Callable[[
     for other in (int(number[1]) - 1, int(number[1]) + 1):
         path = f"{slot.read.path[: number.start()]}.{other}{slot.read.path[number.end() :]}.{slot.read.side}"
         try:
-            module = sites.resolve(model, path).module
+            module = sites.resolve(trial.model, path).module
         except SiteError:
             continue
         seen: list[Tensor] = []
         with _tap(module, slot.read.side, seen):
-            loss()
+            trial.loss()
         s = Statistics()
-        x = seen[0].flatten(0, -2)
+        x = seen[0].reshape(*trial.ids.shape, -1)[trial.ordinary().to(seen[0].device)]
         ordinary = x.float().norm(dim=-1) <= 10 * x.float().norm(dim=-1).median()
         s.update(slot.on(x.device), x[ordinary], x[ordinary])
         found[path] = s.fvu

@@ -161,14 +161,14 @@ def generate(
     loaded, tokenizer = _load_model(model, dtype, device)
     _attach(loaded, source, layer, site, width, l0, revision)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
-    if compare:
-        _say("plain", ask.text(1)[0], headed=True)
     with ExitStack() as stack:
         asked = _open(stack, loaded.saes, changes, ablate or [], edits, tokens)
         if save_edits:
             save_edits.write_text(asked.to_json() + "\n")
         rows = max((len(edit.values) for edit in asked), default=1)
         texts = ask.text(rows)
+    if compare:  # in a batch of the same size, which rounds alike
+        _say("plain", ask.text(rows)[0], headed=True)
     for row, text in enumerate(texts):
         _say(_label(asked, row), text, headed=compare or rows > 1)
 

@@ -179,10 +179,10 @@ class Rows:
 
 
 def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
-    """Raise EditError if a clamp or add would overflow the model's dtype, which greedy decoding turns into token 0."""
-    if edit.op == "scale":
-        return
-    largest = float(edit.shift.abs().max() * W_dec.abs().max())
+    """Raise EditError if an edit (a scale: of an activation of 1) would overflow the model's dtype, which greedy
+    decoding turns into token 0."""
+    strength = edit.gain if edit.op == "scale" else edit.shift
+    largest = float(strength.abs().max() * W_dec.abs().max())
     limit = min(LARGEST, torch.finfo(dtype).max)
     if largest > limit:
         raise EditError(
@@ -192,14 +192,14 @@ def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
 
 def _spread(table: Tensor, group: int, batch: int) -> Tensor:
     """(rows, k) -> (1 or batch, 1, k)."""
-    if len(table) == 1:
-        return table[:, None]
-    if len(table) * group != batch:
+    if table.shape[0] == 1:
+        return table.unsqueeze(1)
+    if table.shape[0] * group != batch:
         raise EditError(
             f"the edit has strengths for {len(table)} rows, the batch has {batch // group}; "
             "give a number, or one value for each row"
         )
-    return table.repeat_interleave(group, dim=0)[:, None] if group > 1 else table[:, None]
+    return (table.repeat_interleave(group, dim=0) if group > 1 else table).unsqueeze(1)
 
 
 def _feature(feature: Any) -> int:

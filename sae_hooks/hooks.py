@@ -6,7 +6,9 @@ something is open the work runs outside the compiled graph, so what was compiled
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,14 +17,30 @@ from torch import Tensor, nn
 from . import edits, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
-from .tokens import Generation
+from .tokens import GUIDED, PACKED, Generation
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def untraced(method: Method) -> Method:
-    """Run outside of what torch.compile traces: the graph breaks here, but only while something is open."""
-    return cast(Method, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
+    """Run outside of what torch.compile traces: the graph breaks here, but only while something is open.
+
+    Decorating with torch.compiler.disable itself would import the compiler, which takes two seconds.
+    """
+
+    untraced_method: Any = None
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        nonlocal untraced_method
+        if "torch._dynamo" not in sys.modules:
+            return method(*args)
+        if untraced_method is None:
+            untraced_method = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+        return untraced_method(*args)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks at before it traces a call
+    return cast(Method, call)
 
 
 class SiteHook:
@@ -34,15 +52,20 @@ class SiteHook:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: the module's output with the open requests applied, or None for as it is."""
-        if not self.runtime.active:
+        if not self.runtime.active or self._idle():
             return None
         return self._after(output)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: (args, kwargs) with the open requests applied, or None for as they are."""
-        if not self.runtime.active:
+        if not self.runtime.active or self._idle():
             return None
         return self._before(module, args, kwargs)
+
+    def _idle(self) -> bool:
+        """Whether nothing is open at this site. Compiled graphs must not ask: they would be compiled anew for each set
+        of sites."""
+        return not torch.compiler.is_compiling() and self.site.key not in self.runtime.busy
 
     @untraced
     def _after(self, output: Any) -> Any:
@@ -162,14 +185,19 @@ class PassHook:
 class GenerateHook:
     """Stands before model.generate: tells the hooks what is prompt and what is padding. Copies are the plain method."""
 
+    name = "generate"
+
     def __init__(self, runtime: Runtime, model: nn.Module, plain: Callable[..., Any]) -> None:
         self.runtime, self.model, self.plain = runtime, model, plain
-        self.__doc__, self.__name__, self.__wrapped__ = plain.__doc__, "generate", plain
+        self.__doc__, self.__name__, self.__wrapped__ = plain.__doc__, self.name, plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local, before = self.runtime.local, getattr(self.runtime.local, "generation", None)
         encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        generation = None if encoder else Generation.of(args, kwargs)
+        config = getattr(self.model, "generation_config", None)
+        generation = None if encoder else Generation.of(args, kwargs, config)
+        if generation is not None and generation.guided and self.runtime.active:
+            raise SaeAttachError(GUIDED)
         local.generation, local.current = generation, None
         try:
             result = self.plain(*args, **kwargs)
@@ -177,15 +205,26 @@ class GenerateHook:
             local.generation, local.current = before, None
         text = getattr(result, "sequences", result)
         if generation is not None and isinstance(text, Tensor):
-            generation.length = text.shape[-1]
+            generation.finish(text)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.model))
-        return type(self.model).generate.__get__(copied)  # type: ignore[attr-defined]
+        return getattr(type(self.model), self.name).__get__(copied)
 
     def __reduce__(self) -> Any:
-        return getattr, (self.model, "generate")
+        return getattr, (self.model, self.name)
+
+
+class PackedHook(GenerateHook):
+    """Stands before model.generate_batch and refuses while anything is open: its own thread would merely log that."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.runtime.active:
+            raise SaeAttachError(PACKED)
+        return self.plain(*args, **kwargs)
 
 
 def _inert() -> SiteHook:
@@ -221,15 +260,21 @@ def _topk_acts(request: EditRequest, x: Tensor) -> Tensor:
 
 
 def _rows(request: EditRequest, x: Tensor) -> edits.Rows:
-    """The edit's k rows on x's device, made once."""
+    """The edit's k rows on x's device, made once; outside of inference mode, since training may use them later."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     key = (x.device, x.dtype)
     if key not in request.rows:
-        sae, edit = request.slot.sae, request.edit
-        picked = torch.tensor(edit.features, device=sae.device)
-        edits.check_range(edit, sae.W_dec[picked], x.dtype)
-        exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
-        W_enc, b_enc, W_dec, gain, shift = (t.detach().to(x.device, dtype) for t in exact)
-        threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(x.device, dtype)
-        request.rows[key] = edits.Rows(W_enc, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads)
+        with torch.inference_mode(False):
+            request.rows[key] = _gathered(request, x.device, dtype, x.dtype)
     return request.rows[key]
+
+
+def _gathered(request: EditRequest, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> edits.Rows:
+    """The edit's rows on a device in a dtype. Raises EditError if the activations' own dtype, `narrow`, overflows."""
+    sae, edit = request.slot.sae, request.edit
+    picked = torch.tensor(edit.features, device=sae.device)
+    edits.check_range(edit, sae.W_dec[picked], narrow)
+    exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
+    W_enc, b_enc, W_dec, gain, shift = (t.detach().to(device, dtype) for t in exact)
+    threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(device, dtype)
+    return edits.Rows(W_enc, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads)

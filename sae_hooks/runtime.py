@@ -43,7 +43,8 @@ class Slot:
         """The SAE, loaded at first use; raises what loading raises, and stays unloaded then."""
         with self._lock:
             if self._loaded is None:
-                self._loaded = self.load()
+                with torch.inference_mode(False):  # what is made in inference mode can never take part in training
+                    self._loaded = self.load()
             return self._loaded
 
     @property
@@ -67,12 +68,14 @@ class Slot:
         own = self.sae
         if own.device == device:
             return own
-        if self.owned:
-            return own.to(device)
-        if device not in self._copies:
-            tensors = {name: p.detach().to(device) for name, p in own.named_parameters()}
-            self._copies[device] = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
-        return self._copies[device]
+        with torch.inference_mode(False):
+            if self.owned:
+                return own.to(device)
+            if device not in self._copies:
+                tensors = {name: p.detach().to(device) for name, p in own.named_parameters()}
+                own = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
+                self._copies[device] = own
+            return self._copies[device]
 
 
 class Tally:
@@ -94,7 +97,8 @@ class Tally:
     def total(self) -> int:
         """Positions counted so far."""
         masks, self._masks = self._masks, []
-        self._total += sum(int(mask.sum()) for mask in masks)
+        for device in {mask.device for mask in masks}:
+            self._total += int(torch.cat([mask.flatten() for mask in masks if mask.device == device]).sum())
         return self._total
 
 
@@ -143,28 +147,29 @@ class Runtime:
 
     def __init__(self, special_ids: frozenset[int]) -> None:
         self.active = False  # the only thing a compiled graph looks at
+        self.busy: frozenset[str] = frozenset()  # sites that any open request touches, in whatever context
         self.special_ids = special_ids
         self.everywhere: tuple[Request, ...] = ()
         self.in_context: ContextVar[tuple[Request, ...]] = ContextVar("sae_hooks", default=())
         self.local = threading.local()
         self._lock = threading.Lock()
         self._owner: int | None = None
-        self._contexts = 0
+        self._contexts: dict[Request, int] = {}  # open in some context: the thread that opened it
 
     def open(self, requests: Sequence[Request], scope: str) -> None:
         """Make requests effective. Raises EditError or SaeAttachError, and then none of them is."""
+        if scope not in ("model", "context"):
+            raise EditError(f'scope must be "model" or "context", got {scope!r}')
         with self._lock:
-            if scope == "context":
-                self._check_edits((*self.everywhere, *self.in_context.get()), requests)
-                self.in_context.set((*self.in_context.get(), *requests))
-                self._contexts += 1
-            elif scope == "model":
+            if scope == "model":
                 self._check_thread()
-                self._check_edits(self.everywhere, requests)
+            self._check_edits(self.requests(), requests)
+            if scope == "model":
                 self.everywhere, self._owner = (*self.everywhere, *requests), threading.get_ident()
             else:
-                raise EditError(f'scope must be "model" or "context", got {scope!r}')
-            self.active = True
+                self.in_context.set((*(r for r in self.in_context.get() if r.open), *requests))
+                self._contexts.update(dict.fromkeys(requests, threading.get_ident()))
+            self._refresh()
 
     def close(self, requests: Sequence[Request]) -> None:
         """End requests; those that have ended already are let be."""
@@ -172,11 +177,15 @@ class Runtime:
         with self._lock:
             for request in closing:
                 request.open = False
-            if closing and closing[0] not in self.everywhere:
-                self._contexts -= 1
+                self._contexts.pop(request, None)
             self.everywhere = tuple(r for r in self.everywhere if r.open)
             self.in_context.set(tuple(r for r in self.in_context.get() if r.open))
-            self.active = bool(self.everywhere) or self._contexts > 0
+            self._refresh()
+
+    def _refresh(self) -> None:
+        requests = (*self.everywhere, *self._contexts)
+        self.busy = frozenset(place.key for r in requests for place in (r.slot.read, r.slot.write))
+        self.active = bool(requests)
 
     def requests(self) -> tuple[Request, ...]:
         """What is open for the code that runs here and now."""
@@ -229,7 +238,10 @@ class Runtime:
         return chosen
 
     def _check_thread(self) -> None:
-        if self.everywhere and self._owner != threading.get_ident():
+        alive = {thread.ident for thread in threading.enumerate()}
+        others = {self._owner} if self.everywhere else set()
+        others |= alive & set(self._contexts.values())
+        if others - {threading.get_ident()}:
             raise SaeAttachError(
                 "another thread has an edit, splice or capture open on this model, and both would reach every "
                 "pass. Either run the requests as rows of one batch, with a tensor of strengths (one value "
@@ -252,8 +264,10 @@ class Runtime:
 def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:
     """A selection (batch, tokens) in the layout of x: (batch, tokens, d), or (batch * tokens, d)."""
     leading = x.shape[:-1]
-    whole = chosen if now.shape is None else chosen.expand(now.shape)
-    whole = whole.to(x.device)
+    whole = chosen.to(x.device)
+    if leading == whole.shape:
+        return whole
+    whole = whole if now.shape is None else whole.expand(now.shape)
     if leading == whole.shape:
         return whole
     if leading == (whole.numel(),):

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 from warnings import warn
 
+import torch
 from torch import Tensor, nn
 
 from . import check, edits, sites
@@ -116,6 +117,9 @@ class Saes(Mapping[str, SAE]):
     def __getitem__(self, name: str) -> SAE:
         return self._pick(name=name).sae
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._slots)
 
@@ -179,7 +183,8 @@ class Saes(Mapping[str, SAE]):
         Edits that are open apply to the features before they are decoded. keep_error=True keeps the reconstruction
         error, so that without edits nothing changes at all.
         """
-        slots = [] if keep_error else self._several(layer, site, name)
+        found = self._matching(layer, site, name)
+        slots = [] if keep_error else [self._ready(slot) for slot in found]
         chosen = edits.check_tokens(tokens)
         return Handle(self._runtime, [SpliceRequest(s, chosen, special_tokens) for s in slots], scope)
 
@@ -238,7 +243,9 @@ class Saes(Mapping[str, SAE]):
         return Handle(self._runtime, [self._request(made, slot)], scope)
 
     def _request(self, made: Edit, slot: Slot) -> EditRequest:
-        edits.check(made, self._ready(slot).sae.d_sae)
+        sae = self._ready(slot).sae
+        edits.check(made, sae.d_sae)
+        edits.check_range(made, sae.W_dec[list(made.features)], torch.float32)
         return EditRequest(slot, made.tokens, made.special_tokens, edit=made)
 
     def _several(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
@@ -253,9 +260,10 @@ class Saes(Mapping[str, SAE]):
         return found[0]
 
     def _matching(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
+        exact = self._slots.get(name or "")
         found = [
             s
-            for s in self._slots.values()
+            for s in ([exact] if exact else self._slots.values())
             if (name is None or _named(s, name))
             and (layer is None or _layer(s) == layer)
             and (site is None or self._at(s, site))
@@ -280,7 +288,7 @@ class Saes(Mapping[str, SAE]):
         for place in (slot.read, slot.write):
             _check_in_place(self._model, place)
             inside = place.side != "output" or not re.search(r"\.\d+$", place.path)
-            if inside and self._model.training and getattr(self._model, "is_gradient_checkpointing", False):
+            if inside and self._model.training and _checkpoints(self._model):
                 raise SaeAttachError(
                     f"{place} lies inside a layer that gradient checkpointing computes twice, the second time "
                     "perhaps after the edit has ended; turn checkpointing off, or edit a layer's output"
@@ -311,6 +319,11 @@ def _check_in_place(model: nn.Module, place: sites.Site) -> None:
             f"the module {place.path} was replaced since the SAE was attached (PEFT, quantisation?); "
             "detach and attach again"
         )
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether gradient (activation) checkpointing is on, in transformers' models of any version."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _named(slot: Slot, name: str) -> bool:

@@ -23,7 +23,7 @@ LAYER_LISTS = ("layers", "h", "blocks")
 
 # Within a decoder layer, first match wins. What a norm after the sub-layer gives (Gemma 2 and 3) is what the residual
 # stream receives.
-MLP_OUT = ("post_feedforward_layernorm.output", "mlp.output", "fc2.output")
+MLP_OUT = ("post_feedforward_layernorm.output", "mlp.dense_4h_to_h.output", "mlp.output", "fc2.output")
 MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "fc1.input")
 ATTN_OUT = (
     "self_attn.o_proj.input",
@@ -60,8 +60,14 @@ def resolve(model: nn.Module, site: str) -> Site:
     """
     path, _, side = site.rpartition(".")
     if side not in SIDES:
-        raise SiteError(f"a site ends in {', '.join('.' + s for s in SIDES)}; got {site!r}")
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+        raise SiteError(
+            f"a site is a module path that ends in {', '.join('.' + s for s in SIDES)}, or with layer= one of "
+            f"{', '.join(KINDS)}; got {site!r}"
+        )
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            modules.setdefault(name.replace("._orig_mod", ""), module)  # the wrapper of a layer compiled by itself
     found = _by_suffix(path, modules)
     if len(found) == 1:
         return Site(found[0], side, modules[found[0]])

@@ -83,7 +83,8 @@ class SparseFeatures:
 
     def to_torch(self) -> Tensor:
         """A torch sparse CSR tensor (n, d_sae) on the same memory."""
-        return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=(len(self), self.d_sae))
+        size = (len(self), self.d_sae)
+        return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=size, check_invariants=False)
 
     def to_scipy(self) -> csr_matrix:
         """A scipy CSR matrix (n, d_sae), on the CPU. Needs scipy (the `probes` extra)."""

@@ -16,27 +16,73 @@ from torch import Tensor
 
 from .errors import EditError, SaeAttachError
 
+PACKED = (
+    "continuous batching (generate_batch) packs the tokens of all requests into one row, so rows and positions cannot "
+    "be told; use generate"
+)
+GUIDED = (
+    "classifier-free guidance (guidance_scale) computes a second text beside each row, whose positions cannot be told; "
+    "generate without it, or close what is open"
+)
+
 
 @dataclass(eq=False)
 class Generation:
-    """One call of `generate`: rows, width of the prompt with padding, its mask (rows, width); the text's length once
-    known."""
+    """One call of `generate`: rows, width of the prompt with padding, its mask (rows, width).
+
+    embedded: the prompt came as embeddings, so the text that comes back begins after it. eos and pad: ids that end a
+    row and that fill it up. beams: rows of a pass are no rows of the text. guided: a second text is computed
+    beside each. ends (rows of the text,), once known: the column after each row's last token.
+    """
 
     rows: int
     width: int
     keep: Tensor | None
-    length: int | None = None
+    embedded: bool = False
+    eos: tuple[int, ...] = ()
+    pad: tuple[int, ...] = ()
+    beams: bool = False
+    guided: bool = False
+    ends: Tensor | None = None
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
-        """Read from generate's arguments; None where it starts from nothing."""
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any = None) -> Generation | None:
+        """Read from generate's arguments and the model's generation config; None where it starts from nothing."""
         named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
         if prompt is None:
             return None
-        mask = kwargs.get("attention_mask")
-        keep = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        return cls(prompt.shape[0], prompt.shape[1], keep)
+        given = kwargs.get("generation_config") or config
+        names = ("eos_token_id", "pad_token_id", "num_beams", "guidance_scale")
+        eos, pad, beams, guidance = (kwargs.get(name, getattr(given, name, None)) for name in names)
+        made = cls(len(prompt), prompt.shape[1], None, prompt.ndim > 2, _numbers(eos), _numbers(pad))
+        made.beams, made.guided = (beams or 1) > 1, guidance not in (None, 1)
+        made.keep = made._prompt_mask(prompt, kwargs.get("attention_mask"))
+        return made
+
+    def finish(self, text: Tensor) -> None:
+        """Note where each row of the text (rows times samples, columns) ends: at its EOS, or where padding begins."""
+        new = text if self.embedded else text[:, self.width :]
+        stops = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
+        real = stops.cumsum(1) - stops.long() == 0
+        for pad in set(self.pad) - set(self.eos):
+            real &= (new == pad).flip(1).cumprod(1).flip(1) == 0
+        ends = self.width + real.sum(1)
+        self.ends = ends.amax(0, keepdim=True) if self.beams else ends
+
+    def read(self, row: Tensor, column: Tensor) -> Tensor:
+        """Whether plain decoding would have read the tokens at (row, column) of a pass: all but the text's last one."""
+        if self.ends is None:
+            return torch.ones_like(column, dtype=torch.bool)
+        ends = self.ends.to(column.device)
+        return column < (ends[row] if len(ends) > 1 else ends) - 1
+
+    def _prompt_mask(self, prompt: Tensor, mask: Any) -> Tensor | None:
+        """The mask given, or the one that `generate` infers: padding by its id, unless that ends texts, too."""
+        if mask is not None or self.embedded:
+            return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        pads = set(self.pad) - set(self.eos)
+        return prompt != next(iter(pads)) if pads and bool((prompt == next(iter(pads))).any()) else None
 
 
 class Pass:
@@ -58,7 +104,10 @@ class Pass:
         self.shape, self.ids, self.start, self.generation = shape, ids, start, generation
         self.group = shape[0] // generation.rows if shape and generation else 1  # beams, or return sequences
         known = generation.keep if generation is not None and generation.keep is not None else None
-        self.mask = known.repeat_interleave(self.group, dim=0) if known is not None else mask
+        if known is not None:
+            self.mask: Tensor | None = known if self.group == 1 else known.repeat_interleave(self.group, dim=0)
+        else:
+            self.mask = None if mask is None else mask.bool()
         self.owners: set[int] = set()  # the modules that have begun with it
         self._cached: dict[Any, Tensor | None] = {}
 
@@ -70,7 +119,7 @@ class Pass:
         given = ids if ids is not None else embeds
         shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
         mask = kwargs.get("attention_mask")
-        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if generation is not None and shape is not None and shape[0] % generation.rows:
             generation = None  # not this generation's batch: another model inside the call
         return cls(shape, ids, mask, _start(kwargs, mask, shape), generation)
@@ -85,6 +134,7 @@ class Pass:
         if key not in self._cached:
             parts = [self.keep(), self._tokens(tokens), self._ordinary(special)]
             given = [part for part in parts if part is not None]
+            given = [part.to(given[-1].device) for part in given]  # a mask may stay behind where ids were moved
             self._cached[key] = reduce(torch.logical_and, given) if given else None
         return self._cached[key]
 
@@ -149,7 +199,15 @@ class Pass:
                 "this pass has no input_ids (inputs_embeds?), so special tokens cannot be told from others; "
                 "pass special_tokens=True to edit every position"
             )
-        return (self.ids.unsqueeze(-1) != special).all(-1)
+        return torch.isin(self.ids, special, invert=True)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """Token ids in a setting that is a number, several, a tensor, or None."""
+    if value is None:
+        return ()
+    listed = value.tolist() if isinstance(value, Tensor) else value
+    return tuple(listed) if isinstance(listed, (list, tuple)) else (listed,)
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -170,7 +228,4 @@ def _start(kwargs: dict[str, Any], mask: Tensor | None, shape: tuple[int, int] |
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:
     if any(type(kwargs.get(name)).__name__.startswith("Paged") for name in ("past_key_values", "cache")):
-        raise SaeAttachError(
-            "continuous batching (generate_batch) packs the tokens of all requests into one row, so rows and "
-            "positions cannot be told; use generate"
-        )
+        raise SaeAttachError(PACKED)

@@ -61,8 +61,8 @@ def logits(model, ids, **settings):
 
 
 EDITS = {
-    "clamp": lambda saes: saes.clamp({3: 40.0}, site=SITES[0]),
-    "clamp to another value": lambda saes: saes.clamp({3: -7.0}, site=SITES[0]),
+    "clamp": lambda saes: saes.clamp({3: 40.0}, site=SITES[0], special_tokens=True),
+    "clamp to another value": lambda saes: saes.clamp({3: -7.0}, site=SITES[0], special_tokens=True),
     "clamp other features, rows apart": lambda saes: saes.clamp({9: torch.tensor([30.0, float("nan")]), 5: 9.0},
                                                                 site=SITES[0]),
     "add before a projection": lambda saes: saes.add({2: 8.0}, site=SITES[1]),
@@ -249,9 +249,9 @@ def test_every_step_is_edited_after_a_compiled_generate_that_came_before_attachi
 
 def test_every_step_is_edited_inside_a_layer_too(model, ids, random_sae):
     attach_saes(model, random_sae(32, 64, "model.layers.1.mlp.output", norm=8.0))
-    with model.saes.clamp({3: 9.0}):
+    with model.saes.clamp({3: 9.0}, special_tokens=True):
         expected = generate(model, ids, static=False)
-    with model.saes.clamp({3: 9.0}) as clamp:
+    with model.saes.clamp({3: 9.0}, special_tokens=True) as clamp:
         assert torch.equal(generate(model, ids, static=True), expected)
         assert clamp.positions_edited == 2 * (9 + 7)
 
