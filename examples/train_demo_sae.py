@@ -47,7 +47,7 @@ from sae_hooks.training import (
 from sae_hooks.training.schedules import cosine_warmup, linear_end, linear_warmup, product
 
 WINDOWS_PER_SHARD = 128
-PATHS = ("text", "held_out", "cache", "out", "worker", "contexts", "start")  # arguments that don't decide the numbers
+PATHS = ("text", "held_out", "cache", "out", "worker", "contexts")  # arguments that don't decide the numbers
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -56,7 +56,6 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--held-out", type=Path, required=True, help="texts never trained on, for the evaluation")
     p.add_argument("--cache", type=Path, required=True, help="for activations: 1.2 GB a million tokens")
     p.add_argument("--out", type=Path, required=True, help="folder of the SAE")
-    p.add_argument("--start", type=Path, help="go on from the SAE in this folder, perhaps with another sparsity")
     p.add_argument("--layer", type=int, default=15)
     p.add_argument("--d-sae", type=int, default=8192)
     p.add_argument("--tokens", type=int, default=2_000_000, help="distinct tokens to train on")
@@ -138,9 +137,10 @@ def trained(args: argparse.Namespace) -> SAE:
     """The SAE for raw activations, with its metadata, from the activations in the cache."""
     shards = Shards(args.cache / site_of(args), args.tokens)
     total = len(shards) // args.batch_size * args.epochs
-    sae = beginning(args, shards)
+    mean = next(shards.batches(min(len(shards), 20_000), args.seed)).mean(0)
+    sae = fresh_sae(shards.info.d_in, args.d_sae, mean=mean, threshold=args.threshold, seed=args.seed)
     objective = JumpReLUObjective(sparsity=args.sparsity, bandwidth=args.bandwidth,
-                                  warmup=linear_warmup(0 if args.start else round(0.3 * total)))
+                                  warmup=linear_warmup(round(0.3 * total)))
     schedule = product(cosine_warmup(min(100, total // 10)), linear_end(total, 0.5))
     config = TrainConfig(learning_rate=args.learning_rate, schedule=schedule)
     with tqdm(desc="train", unit=" steps", total=total) as bar:
@@ -151,14 +151,6 @@ def trained(args: argparse.Namespace) -> SAE:
                      "n_tokens": len(shards), "seed": args.seed, "dataset": args.text.name,
                      "recipe": recipe(args)}
     return sae
-
-
-def beginning(args: argparse.Namespace, shards: Shards) -> SAE:
-    """The SAE that training begins with, for activations of mean squared norm 1."""
-    if args.start:
-        return fold_scale(load_sae(args.start, dtype=torch.float32), 1 / shards.info.rms_norm)
-    mean = next(shards.batches(min(len(shards), 20_000), args.seed)).mean(0)
-    return fresh_sae(shards.info.d_in, args.d_sae, mean=mean, threshold=args.threshold, seed=args.seed)
 
 
 def epochs(shards: Shards, args: argparse.Namespace) -> Iterator[Tensor]:
@@ -174,8 +166,7 @@ def show(bar: Any, loss: Loss) -> None:
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide the numbers; no paths."""
-    own = {name: value for name, value in vars(args).items() if name not in PATHS}
-    return own | ({"before": load_sae(args.start).metadata["recipe"]} if args.start else {})
+    return {name: value for name, value in vars(args).items() if name not in PATHS}
 
 
 def measured(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any, sae: SAE) -> Evaluation:
