@@ -7,6 +7,7 @@ the one thread. "Beside a bare hook" divides by what a no-op forward hook adds t
 """
 
 import argparse
+import os
 import platform
 import statistics
 from collections.abc import Callable
@@ -139,7 +140,7 @@ def machine(options: argparse.Namespace) -> str:
     return (f"d {options.d}, d_sae {options.d_sae}, {options.dtype}, batch 1, 1 token, {LAYERS} layers with SAEs, "
             f"{'with' if options.sinks else 'without'} typical_norm; medians of {options.rounds} rounds of "
             f"{options.steps} steps\n2-core AVX2 CPU, one thread; Python {platform.python_version()}, "
-            f"torch {torch.__version__}")
+            f"torch {torch.__version__}; load average {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:

@@ -206,10 +206,8 @@ class Catalogue:
         return sorted(found, key=lambda one: one[3] - one[2])
 
     def showpiece(self) -> int:
-        """The labelled feature that stands out most in any domain; without labels, any feature."""
-        here, there = self.rates()
-        margins = (here - there).max(axis=0)
-        return max(self.labels or range(len(margins)), key=lambda feature: float(margins[feature]))
+        """The feature that stands out most of all."""
+        return self.most_specific()[0][1]
 
     def maximum(self, feature: int) -> float:
         """The strongest activation in these documents, in the site's own units."""
@@ -252,7 +250,7 @@ def show_tokens(model: Any, tokenizer: Any, catalogue: Catalogue) -> None:
     table = Table("token", "strongest features (activation)", box=box.SIMPLE)
     for token, best in zip(features.token_id.tolist(), features.top(2), strict=True):
         told = "; ".join(f"{feature} ({act:.0f}) {catalogue.describe(feature)}" for feature, act in best)
-        table.add_row(readable(tokenizer.decode(token)), told or "left alone (attention sink)")
+        table.add_row(readable(tokenizer.decode(token)), told or "none (attention sinks are left alone)")
     console.print(table)
 
 

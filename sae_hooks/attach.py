@@ -161,7 +161,10 @@ def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[
             continue
         key = offer.site or str(read)
         named = key if name is None else name if len(offers) == 1 else f"{name}/{key}"
-        slots.append(Slot(named, read, write, offer.load, offer.owned))
+        slot = Slot(named, read, write, offer.load, offer.owned)
+        if not offer.owned:
+            slot.sae  # noqa: B018  (the user's own is there already)
+        slots.append(slot)
     if wrong:
         raise (SiteError if kinds == {SiteError} else SaeMismatchError)("\n".join(wrong))
     return slots

@@ -174,7 +174,7 @@ class Rows:
         gain, shift = (_spread(t, group, batch) for t in (self.gain, self.shift))
         if acts is None:
             return shift
-        change = gain * acts + shift
+        change = torch.addcmul(shift, gain, acts)
         return change * (acts > 0) if self.only_if_active else change
 
 

@@ -195,10 +195,8 @@ class Runtime:
     def begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
         current: Pass | None = getattr(self.local, "current", None)
-        new = Pass.of(args, kwargs, getattr(self.local, "generation", None))
-        inside = current is not None and id(owner) not in current.owners
-        if current is None or not inside or (new.ids is not None and new.ids is not current.ids):
-            current = self.local.current = new
+        if current is None or not current.continues(id(owner), args, kwargs):
+            current = self.local.current = Pass.of(args, kwargs, getattr(self.local, "generation", None))
             self.local.stash = {}
         current.owners.add(id(owner))
 

@@ -26,6 +26,9 @@ GUIDED = (
 )
 
 
+FEW = 64  # token ids up to which a set on the CPU is quicker than tensor operations: a decoding step
+
+
 @dataclass(eq=False)
 class Generation:
     """One call of `generate`: rows, width of the prompt with padding, its mask (rows, width).
@@ -111,6 +114,11 @@ class Pass:
         self.owners: set[int] = set()  # the modules that have begun with it
         self._cached: dict[Any, Tensor | None] = {}
 
+    def continues(self, owner: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a module that begins inside the model belongs to this pass: it gets the same ids, or embeddings."""
+        ids = _ids(args, kwargs)
+        return owner not in self.owners and (ids is None or ids is self.ids)
+
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
         """Read from the arguments of a model's forward."""
@@ -169,6 +177,10 @@ class Pass:
         width = self.generation.width if self.generation is not None else None
         if tokens == "all" or (width is None and tokens == "prompt") or self.shape is None:
             return None
+        if width is not None and isinstance(self.start, int):  # a pass on one side of the border needs no tensor
+            side = "generated" if self.start >= width else "prompt" if self.start + self.shape[1] <= width else None
+            if side == tokens:
+                return None
         device = self.ids.device if self.ids is not None else torch.device("cpu")
         if width is None:
             return torch.zeros(self.shape[1], dtype=torch.bool, device=device).expand(self.shape)
@@ -199,6 +211,9 @@ class Pass:
                 "this pass has no input_ids (inputs_embeds?), so special tokens cannot be told from others; "
                 "pass special_tokens=True to edit every position"
             )
+        few = self.ids.device.type == "cpu" and self.ids.numel() <= FEW
+        if few and set(special.tolist()).isdisjoint(self.ids.flatten().tolist()):
+            return None
         return torch.isin(self.ids, special, invert=True)
 
 

@@ -54,7 +54,7 @@ UPWARD = {
     " users expect, but hub.py alone touches weights on disk; imported when called",
 }
 PUBLIC = {"attach_saes", "detach_saes", "load_sae", "list_saes", "SAE", "SparseFeatures", "Edits"}
-HEAVY = ("torch._dynamo", "transformers", "accelerate", "huggingface_hub", "scipy", "matplotlib", "pandas", "sklearn", "rich")
+HEAVY = ("torch._dynamo", "transformers", "accelerate", "huggingface_hub", "scipy", "matplotlib", "sklearn", "rich")
 
 
 def sources(*folders):
