@@ -47,7 +47,9 @@ with model.saes.clamp({{{example}: {example_value}}}):
 
 The first token of a text and the few others whose norm exceeds ten times the usual {typical_norm:.0f}
 (attention sinks), special tokens and padding were neither trained on nor replaced. Measured with the fp16
-matrices of this folder, with the model in bf16.
+matrices of this folder, with the model in bf16. Of the characters in lines longer than 40, 10 to 18 % of the
+held-out manual pages and C++ headers (boilerplate), 5 % of the Go code and at most 3 % elsewhere also stand
+somewhere in the training text.
 
 ## Made by
 
@@ -67,7 +69,9 @@ without momentum, unit decoder rows. Activations come from a model that runs in 
 
 Given by hand from the strongest contexts on held-out text; an opinion, not a measurement. `labels.json` holds
 them; `features.json` holds the strongest activation (in the units of `clamp`) and the frequency of every
-feature on that text.
+feature on that text. Clamped at its maximum, 748 turns "I woke up this morning and" into cooking, 3464 into
+scripture, and 5800 drifts into German; at twice the maximum grammar suffers. 1944 and 8180
+hardly steer.
 
 | feature | label | maximum | fires on |
 |---|---|---|---|
@@ -84,7 +88,7 @@ def card(sae: SAE, labels: dict[str, str], features: dict[str, Any]) -> str:
     return CARD.format(
         **facts, **chosen, site=sae.site, d_in=sae.d_in, d_sae=sae.d_sae, arguments=recipe, folder=FOLDER,
         delta=facts["loss_spliced"] - facts["loss_clean"], example=example,
-        example_value=float(round(2 * features["maximum"][int(example)])),
+        example_value=float(round(features["maximum"][int(example)])),
         labels="\n".join(row(int(feature), label, features) for feature, label in labels.items()))
 
 
