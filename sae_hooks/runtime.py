@@ -228,8 +228,10 @@ class Runtime:
         chosen = None if chosen is None else fit(chosen, now, x, where)
         typical = None if request.special_tokens else request.slot.typical_norm
         if typical is not None:
-            ordinary = x.detach().float().norm(dim=-1) <= SINK_MULTIPLE * typical
-            chosen = ordinary if chosen is None else chosen & ordinary
+            norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+            ordinary = norm <= SINK_MULTIPLE * typical
+            if ordinary.device.type != "cpu" or not bool(ordinary.all()):  # asking an accelerator would make it wait
+                chosen = ordinary if chosen is None else chosen & ordinary
         positions = x.numel() // max(x.shape[-1], 1)
         request.asked.add(positions if asked is None else asked if now.shape is None else asked.expand(now.shape))
         request.touched.add(positions if chosen is None else chosen)
