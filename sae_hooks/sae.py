@@ -152,7 +152,7 @@ class SAE(nn.Module):
 
         Each file is replaced whole or not at all. Raises OSError if the folder cannot be written.
         """
-        from .hub import save_pretrained  # upward: hub.py is the only file that touches weights on disk
+        from .hub import save_pretrained  # upward: hub/ alone touches weights on disk
 
         return save_pretrained(self, folder)
 

@@ -21,17 +21,13 @@ FLOORS = {
     "sae_hooks/sites.py": 1,
     "sae_hooks/sparse.py": 1,
     "sae_hooks/terminal.py": 1,
-    "sae_hooks/safe_files.py": 1,
-    "sae_hooks/hub_errors.py": 1,
     "sae_hooks/sae.py": 2,
     "sae_hooks/edits.py": 2,
     "sae_hooks/tokens.py": 2,
-    "sae_hooks/weight_files.py": 2,
-    "sae_hooks/sources.py": 2,
     "sae_hooks/formats/": 3,
     "sae_hooks/runtime.py": 3,
     "sae_hooks/capture.py": 3,
-    "sae_hooks/hub.py": 4,
+    "sae_hooks/hub/": 4,
     "sae_hooks/hooks.py": 4,
     "sae_hooks/check.py": 4,
     "sae_hooks/saes.py": 5,
@@ -49,8 +45,8 @@ FLOORS = {
     "training/__init__.py": 12,
 }
 UPWARD = {
-    ("sae_hooks/sae.py", "sae_hooks/hub.py"): "save_pretrained and push_to_hub are methods, as transformers'"
-    " users expect, but hub.py alone touches weights on disk; imported when called",
+    ("sae_hooks/sae.py", "sae_hooks/hub/"): "save_pretrained and push_to_hub are methods, as transformers'"
+    " users expect, but hub/ alone touches weights on disk; imported when called",
 }
 PUBLIC = {"attach_saes", "detach_saes", "load_sae", "list_saes", "SAE", "SparseFeatures", "Edits"}
 HEAVY = ("torch._dynamo", "transformers", "accelerate", "huggingface_hub", "scipy", "matplotlib", "sklearn", "rich")

@@ -9,7 +9,7 @@ from time import perf_counter
 import pytest
 from hub.files import write_npz
 
-import sae_hooks.sources
+import sae_hooks.hub.sources
 
 NUMBERS = itertools.count()
 
@@ -46,7 +46,7 @@ def naps(monkeypatch):
     import huggingface_hub.file_download as fd
     import huggingface_hub.utils._http as http
 
-    import sae_hooks.hub_errors as ours
+    import sae_hooks.hub.failures as ours
 
     slept = []
 
@@ -69,7 +69,7 @@ def naps(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forget_what_was_checked():
-    sae_hooks.sources._checked.clear()
+    sae_hooks.hub.sources._checked.clear()
 
 
 OPENED: list[str] = []

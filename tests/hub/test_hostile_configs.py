@@ -14,8 +14,8 @@ from hub.files import D, F, arrays, write_npz
 from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from sae_hooks.formats import gemma_scope
 from sae_hooks.hub import find_saes, load_sae, save_pretrained
-from sae_hooks.safe_files import read_config
-from sae_hooks.weight_files import check_finite, read_tensors
+from sae_hooks.hub.safe_files import read_config
+from sae_hooks.hub.weight_files import check_finite, read_tensors
 
 SITE = "model.layers.1.output"
 

@@ -73,7 +73,7 @@ def test_39_a_dead_hub_and_an_empty_cache_are_a_download_error(fault, hub, gemma
 
 
 def test_39_no_further_try_begins_after_ten_seconds(hub, gemma_repo, found, monkeypatch):
-    import sae_hooks.hub_errors as ours
+    import sae_hooks.hub.failures as ours
 
     tried = []
 
@@ -124,7 +124,7 @@ def test_11_a_cached_file_that_rots_is_not_used_when_the_hub_is_down(hub, found,
 
 
 def test_11_a_sound_file_is_hashed_once(found, monkeypatch):
-    import sae_hooks.sources as sources
+    import sae_hooks.hub.sources as sources
 
     found.load()
     monkeypatch.setattr(sources.hashlib, "sha256", lambda: pytest.fail("hashed again"))

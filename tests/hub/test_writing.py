@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import sae_hooks.safe_files as safe_files
+import sae_hooks.hub.safe_files as safe_files
 from sae_hooks.errors import SaeDownloadError, SaeFormatError, SaeNotFoundError
 from sae_hooks.hub import find_saes, load_sae, push_to_hub, save_pretrained
+from sae_hooks.hub.safe_files import write_atomically
 from sae_hooks.sae import SAE
-from sae_hooks.safe_files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 SITE = "model.layers.1.output"
@@ -137,9 +137,10 @@ def test_44_the_contents_are_on_the_disk_before_the_names_change(tmp_path, monke
 KILLED = """
 import os, signal, sys, types
 from pathlib import Path
-sys.modules["sae_hooks"] = package = types.ModuleType("sae_hooks")  # without torch: a tenth of the time
-package.__path__ = ["sae_hooks"]
-from sae_hooks import safe_files
+for name in ("sae_hooks", "sae_hooks.hub"):  # without torch: a tenth of the time
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [name.replace(".", "/")]
+from sae_hooks.hub import safe_files
 if sys.argv[2] == "between":
     def once(a, b, real=os.replace):
         real(a, b)

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import SaeFormatError, UnsafeFileError
+from ..errors import SaeFormatError, UnsafeFileError
 from .safe_files import open_regular, parse_json
 
 MOST_HEADER = 2**20

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
-from .formats import DIALECTS, Entry, saelens
-from .formats.selection import choose, may_match, placed, wanted
-from .formats.weights import warn_odd_decoder
-from .hub_errors import hub_errors, persist
-from .sae import SAE
+from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
+from ..formats import DIALECTS, Entry, saelens
+from ..formats.selection import choose, may_match, placed, wanted
+from ..formats.weights import warn_odd_decoder
+from ..sae import SAE
+from .failures import hub_errors, persist
 from .safe_files import json_bytes, read_config, write_atomically
 from .sources import Source, open_source
 from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
+from ..errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
 
 MOST_CONFIG = 2**20  # bytes; a config is a few hundred
 MOST_DIGITS = 20

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from .errors import SaeDownloadError, SaeError, SaeNotFoundError
+from ..errors import SaeDownloadError, SaeError, SaeNotFoundError
 
 WAITS = (0.5, 1.0)  # seconds between three tries
 PATIENCE = 10.0  # seconds after which no further try begins; the client itself waits up to 23 s in some cases

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import SaeDownloadError, SaeNotFoundError, SaeWarning, UnsafeFileError
-from .hub_errors import hub_errors, persist, transient
+from ..errors import SaeDownloadError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from .failures import hub_errors, persist, transient
 from .safe_files import check_contained
 
 MOST_FILES = 200_000
