@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from warnings import warn
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from . import hub, sites
-from .errors import SaeAttachError, SaeMismatchError, SiteError
+from .errors import SaeAttachError, SaeMismatchError, SaeWarning, SiteError
 from .hooks import GenerateHook, PackedHook, PassHook, SiteHook
 from .runtime import Runtime, Slot
 from .sae import SAE
@@ -41,9 +42,8 @@ def attach_saes(
 ) -> Model:
     """Hook SAEs into a model and return the same model, with `model.saes`; weights are fetched at first use of a site.
 
-    source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}. A repo that
-    offers many
-        gives every layer, in the smallest width, with average L0 nearest 100; layer, site, width and l0 select.
+    source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}. A repo that offers
+        many gives every layer, in the smallest width, with average L0 nearest 100; layer, site, width and l0 select.
     site: an alias ("resid_post", "mlp_out", "attn_out", "transcoder") or a module path with its side.
     dtype: of the two matrices (thresholds and biases stay float32). name: to tell two SAEs at one site apart.
     preload: fetch all weights now. revision, token, cache_dir: as in huggingface_hub.
@@ -332,11 +332,14 @@ def _compile_anew(runtime: Runtime, attached: bool) -> None:
     may run the graph of one without (edits inside layers were lost in most passes). The setting itself belongs to one
     thread; its default, which is changed here, to all.
     """
-    from torch import _dynamo as dynamo  # slow to import, and imported by our hooks anyway
+    from torch import _dynamo as dynamo  # seconds to import, but transformers imports it with any model
 
     (_attached.add if attached else _attached.discard)(runtime)
-    entry = dynamo.config._config["skip_nnmodule_hook_guards"]  # type: ignore[attr-defined]
-    if _attached and not _skipped:
+    entry = getattr(dynamo.config, "_config", {}).get("skip_nnmodule_hook_guards")  # private: torch 2.13 has it
+    if entry is None:
+        warn("this version of torch is not known to sae_hooks: edits inside layers may be lost in models compiled by "
+             "torch.compile; run them uncompiled", SaeWarning, stacklevel=3)
+    elif _attached and not _skipped:
         _skipped.append(entry.default)
         entry.default = False
     elif not _attached and _skipped:

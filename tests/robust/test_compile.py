@@ -9,7 +9,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from sae_hooks import SaeAttachError, attach, attach_saes, detach_saes
+from sae_hooks import SaeAttachError, SaeWarning, attach, attach_saes, detach_saes
 
 SITES = ("model.layers.1.output", "model.layers.0.self_attn.o_proj.input")
 INSIDE = ("model.layers.1.mlp.output", "model.layers.2.mlp.input", "model.layers.0.self_attn.o_proj.input",
@@ -303,3 +303,15 @@ def test_without_our_care_torch_loses_a_hook_that_comes_late(backend, first_atta
     module[0].register_forward_hook(lambda module, args, output: calls.append(1))
     compiled(torch.ones(1, 2))
     assert not calls
+
+
+def test_a_torch_without_the_setting_that_guards_hooks_is_named_when_attaching(random_model, random_sae, monkeypatch):
+    import torch._dynamo as dynamo
+
+    model = random_model("Gemma2")
+    monkeypatch.delitem(dynamo.config._config, "skip_nnmodule_hook_guards")
+    with pytest.warns(SaeWarning, match="uncompiled"):
+        attach_saes(model, random_sae(32, 64, "model.layers.1.output"))
+    with pytest.warns(SaeWarning, match="uncompiled"):
+        detach_saes(model)
+    assert not hasattr(model, "saes")
