@@ -64,15 +64,27 @@ class Statistics:
         self.sum: Tensor | float = 0.0
         self.fired: Tensor | int = 0
 
-    def update(self, sae: SAE, x: Tensor, target: Tensor) -> None:
-        """Take in x (n, d_in) and what should be reconstructed, (n, d_out)."""
+    def update(self, sae: SAE, x: Tensor, target: Tensor) -> Tensor:
+        """Take in x (n, d_in) and what should be reconstructed, (n, d_out); returns the reconstruction, float32."""
         _, indices, _ = sae.encode_sparse(x)
         wide = target.double()
+        x_hat: Tensor = sae(x.float())
         self.n += len(x)
-        self.error += float((sae(x.float()).double() - wide).square().sum())
+        self.error += float((x_hat.double() - wide).square().sum())
         self.square += float(wide.square().sum())
         self.sum = self.sum + wide.sum(0)
         self.fired = self.fired + torch.bincount(indices, minlength=sae.d_sae)
+        return x_hat
+
+    @property
+    def l0(self) -> float:
+        """Active features a token, on average; nan without tokens."""
+        return float(torch.as_tensor(self.fired).sum()) / self.n if self.n else float("nan")
+
+    @property
+    def dead(self) -> float:
+        """Share of features that fired on no token; nan without tokens."""
+        return float((torch.as_tensor(self.fired) == 0).double().mean()) if self.n else float("nan")
 
     @property
     def fvu(self) -> float:
@@ -127,10 +139,8 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
 
 def _row(trial: Trial, slot: Slot, s: Statistics, clean: float) -> Row:
     spliced, zero = trial.loss(SpliceRequest(slot)), trial.loss(SpliceRequest(slot, rebuild=_zeros))
-    fired = torch.as_tensor(s.fired)
-    dead = float((fired == 0).float().mean()) if s.n else float("nan")
     verdict = _verdict(trial, slot, s)
-    return Row(slot.name, s.fvu, float(fired.sum()) / max(s.n, 1), dead, s.n, clean, spliced, zero, verdict)
+    return Row(slot.name, s.fvu, s.l0, s.dead, s.n, clean, spliced, zero, verdict)
 
 
 def _verdict(trial: Trial, slot: Slot, s: Statistics) -> str:

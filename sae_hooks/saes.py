@@ -116,6 +116,11 @@ class Saes(Mapping[str, SAE]):
     def __getitem__(self, name: str) -> SAE:
         return self._pick(name=name).sae
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The SAE of that name, or the default."""
+        slot = self._slots.get(name)
+        return default if slot is None else slot.sae
+
     def __contains__(self, name: object) -> bool:
         return name in self._slots
 

@@ -7,13 +7,14 @@ replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sae_hooks.check import Statistics
 from sae_hooks.sae import SAE
 from sae_hooks.sites import read, resolve, write
 
@@ -49,49 +50,6 @@ class Evaluation:
         return (self.loss_zero - self.loss_spliced) / (self.loss_zero - self.loss_clean)
 
 
-@dataclass
-class FeatureStats:
-    """Running sums over activations x (n, d_in), their features and their reconstruction; sums in float64."""
-
-    d_in: int
-    d_sae: int
-    tokens: int = 0
-    active: int = 0
-    error: float = 0.0
-    square: float = 0.0
-    total: Tensor = field(init=False)
-    fired: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.total = torch.zeros(self.d_in, dtype=torch.float64)
-        self.fired = torch.zeros(self.d_sae, dtype=torch.int64)
-
-    def add(self, x: Tensor, acts: Tensor, x_hat: Tensor) -> None:
-        """Count in x (n, d_in), its features (n, d_sae) and reconstruction."""
-        wide = x.double()
-        self.tokens += len(x)
-        self.active += int((acts > 0).sum())
-        self.fired += (acts > 0).sum(0).cpu()
-        self.error += float((wide - x_hat).square().sum())
-        self.square += float(wide.square().sum())
-        self.total += wide.sum(0).cpu()
-
-    @property
-    def l0(self) -> float:
-        """Mean number of features active on a token."""
-        return self.active / self.tokens
-
-    @property
-    def fvu(self) -> float:
-        """Fraction of variance unexplained: a ratio of dataset means, not the mean of ratios."""
-        return self.error / (self.square - float(self.total.square().sum()) / self.tokens)
-
-    @property
-    def dead(self) -> float:
-        """Share of features that fired on no token."""
-        return float((self.fired == 0).double().mean())
-
-
 @torch.inference_mode()
 def evaluate(model: nn.Module, sae: SAE, batches: Iterable[tuple[Tensor, Tensor]],
              special_ids: Sequence[int] = ()) -> Evaluation:
@@ -102,7 +60,7 @@ def evaluate(model: nn.Module, sae: SAE, batches: Iterable[tuple[Tensor, Tensor]
     metadata["typical_norm"].
     """
     assert sae.site is not None
-    stats = FeatureStats(sae.d_in, sae.d_sae)
+    stats = Statistics()
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for ids, mask in batches:
         splice = _Splice(sae, stats, ids, mask, special_ids)
@@ -111,7 +69,7 @@ def evaluate(model: nn.Module, sae: SAE, batches: Iterable[tuple[Tensor, Tensor]
         sums += torch.stack([loss[counted].double().sum() for loss in losses])
         count += int(counted.sum())
     clean, spliced, zero = (sums / count).tolist()
-    return Evaluation(tokens=stats.tokens, l0=stats.l0, fvu=stats.fvu, dead=stats.dead, loss_clean=clean,
+    return Evaluation(tokens=stats.n, l0=stats.l0, fvu=stats.fvu, dead=stats.dead, loss_clean=clean,
                       loss_spliced=spliced, loss_zero=zero)
 
 
@@ -120,7 +78,7 @@ class _Splice:
 
     where: Tensor
 
-    def __init__(self, sae: SAE, stats: FeatureStats, ids: Tensor, mask: Tensor,
+    def __init__(self, sae: SAE, stats: Statistics, ids: Tensor, mask: Tensor,
                  special_ids: Sequence[int]) -> None:
         self.sae, self.stats, self.ids, self.mask, self.special_ids = sae, stats, ids, mask, special_ids
 
@@ -128,10 +86,7 @@ class _Splice:
         typical = float(self.sae.metadata["typical_norm"])
         self.where = ordinary(x, self.ids, self.mask, self.special_ids, typical)
         rows = x[self.where].float()
-        acts = self.sae.encode(rows)
-        x_hat = self.sae.decode(acts)
-        self.stats.add(rows, acts, x_hat)
-        return replaced(x, self.where, x_hat)
+        return replaced(x, self.where, self.stats.update(self.sae, rows, rows))
 
     def zero(self, x: Tensor) -> Tensor:
         return replaced(x, self.where, torch.zeros(()))

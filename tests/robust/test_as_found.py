@@ -230,6 +230,7 @@ def test_every_name_in_the_mapping_gives_its_own_sae_also_where_one_is_named_by_
     attach_saes(model, second, name="second")
     assert dict(model.saes) == {SITE: first, "second": second}
     assert "third" not in model.saes
+    assert model.saes.get("third") is None
     with pytest.raises(SaeError, match="second"):
         model.saes["third"]
 

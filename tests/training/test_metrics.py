@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from sae_hooks.check import Statistics
 from sae_hooks.sae import SAE
 from sae_hooks.training import evaluate, top_contexts
-from sae_hooks.training.metrics import FeatureStats, token_losses
+from sae_hooks.training.metrics import token_losses
 
 from .conftest import BOS, SINK
 
@@ -80,16 +81,17 @@ def test_the_model_is_left_as_it_was(model_with_a_sink_token: LlamaForCausalLM) 
 
 
 def test_fvu_is_the_ratio_of_dataset_means_whatever_the_batches() -> None:
-    x, acts = 5 + torch.randn(100, 4), torch.rand(100, 3) * torch.tensor([0.0, 1.0, 1.0])
-    x_hat = x + 0.1 * torch.randn(100, 4)
-    stats = FeatureStats(4, 3)
+    x = 5 + torch.randn(100, 4)
+    threshold = torch.tensor([0.0, 5.0, float(x[:, 2].max())])  # the first always fires, the last never
+    sae = SAE(torch.eye(4)[:, :3], torch.zeros(3), torch.eye(4)[:3], 5 * torch.eye(4)[3], threshold=threshold)
+    stats = Statistics()
 
     for part in (slice(0, 7), slice(7, 100)):
-        stats.add(x[part], acts[part], x_hat[part])
+        stats.update(sae, x[part], x[part])
 
-    by_hand = (x - x_hat).square().sum(1).mean() / (x - x.mean(0)).square().sum(1).mean()
+    by_hand = (x - sae(x)).square().sum(1).mean() / (x - x.mean(0)).square().sum(1).mean()
     assert stats.fvu == pytest.approx(float(by_hand), rel=1e-4)
-    assert stats.l0 == pytest.approx(2.0, abs=0.05)
+    assert stats.l0 == pytest.approx(1 + float((x[:, 1] > 5).float().mean()))
     assert stats.dead == pytest.approx(1 / 3)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sae_hooks.check import Statistics
 from sae_hooks.sae import SAE
 from sae_hooks.training import JumpReLUObjective, TrainConfig, fold_scale, fresh_sae, train
-from sae_hooks.training.metrics import FeatureStats
 from sae_hooks.training.schedules import constant, cosine_warmup, linear_end, linear_warmup, product
 from sae_hooks.training.trainer import project_decoder_gradient
 
@@ -37,9 +37,8 @@ def trained(steps: int = 500, sparse: bool = True) -> SAE:
 def test_training_finds_sparse_features_that_explain_synthetic_data() -> None:
     sae = trained()
 
-    stats, x = FeatureStats(D_IN, sae.d_sae), torch.cat(list(sparse_mixtures(10)))
-    acts = sae.encode(x)
-    stats.add(x, acts, sae.decode(acts))
+    stats, x = Statistics(), torch.cat(list(sparse_mixtures(10)))
+    stats.update(sae, x, x)
     assert stats.l0 < 8
     assert stats.fvu < 0.25
 
