@@ -114,13 +114,14 @@ class SAE(nn.Module):
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
         sizes.
 
-        With thresholds, [n, d_sae] is never held; TopK takes the full path in slices of tokens.
+        (n, d_sae) is never held; TopK compares all features of a token, and takes its tokens in slices.
         """
         self._check_width(x, self.d_in)
         flat = x.reshape(-1, self.d_in)
         if self.threshold is not None:
             return kernels.encode_sparse(flat, self.W_enc.T, self.b_enc, self.threshold)
-        return kernels.topk_sparse(self.encode(flat))
+        assert self.k is not None
+        return kernels.encode_topk(flat, self.W_enc.T, self.b_enc, self.k)
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
@@ -128,7 +129,7 @@ class SAE(nn.Module):
         if self.W_dec.dtype in (torch.float32, torch.float64):
             dtype = torch.promote_types(acts.dtype, self.W_dec.dtype)
             return acts.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
-        x_hat = kernels.decode_sparse(*kernels.topk_sparse(acts.reshape(-1, self.d_sae)), self.W_dec, self.b_dec)
+        x_hat = kernels.decode_sparse(*kernels.nonzero_csr(acts.reshape(-1, self.d_sae)), self.W_dec, self.b_dec)
         return x_hat.reshape(*acts.shape[:-1], self.d_out)
 
     def skip(self, x: Tensor) -> Tensor | float:

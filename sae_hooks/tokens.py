@@ -24,8 +24,6 @@ GUIDED = (
     "classifier-free guidance (guidance_scale) computes a second text beside each row, whose positions cannot be told; "
     "generate without it, or close what is open"
 )
-
-
 FEW = 64  # token ids up to which a set on the CPU is quicker than tensor operations: a decoding step
 
 

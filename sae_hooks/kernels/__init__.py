@@ -3,6 +3,6 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .torch_ops import Csr, decode_sparse, encode_sparse, linear, topk_sparse
+from .torch_ops import Csr, decode_sparse, encode_sparse, encode_topk, linear, nonzero_csr
 
-__all__ = ["Csr", "decode_sparse", "encode_sparse", "linear", "topk_sparse"]
+__all__ = ["Csr", "decode_sparse", "encode_sparse", "encode_topk", "linear", "nonzero_csr"]

@@ -30,12 +30,18 @@ def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) ->
     parts = [
         _encode_tile(x, t, W_rows, bias, threshold, f) for t in tile(len(x), TOKENS_PER_TILE) for f in tile(len(W_rows))
     ]
-    rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True)) if parts else _nothing(x)
+    rows, columns, values = _joined(parts, x)
     order = torch.argsort(rows, stable=True)
     return row_pointers(rows, len(x)), columns[order], values[order]
 
 
-def topk_sparse(acts: Tensor) -> Csr:
+def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
+    """CSR of the k largest positive pre-activations of each row, indices ascending; holds (TOKENS_PER_TILE, d_sae)."""
+    rows, columns, values = _joined([_topk_tile(x, t, W_rows, bias, k) for t in tile(len(x), TOKENS_PER_TILE)], x)
+    return row_pointers(rows, len(x)), columns, values
+
+
+def nonzero_csr(acts: Tensor) -> Csr:
     """CSR of the non-zero entries of acts (n, d_sae)."""
     rows, columns = acts.nonzero(as_tuple=True)
     return row_pointers(rows, len(acts)), columns, acts[rows, columns]
@@ -76,6 +82,19 @@ def _encode_tile(x: Tensor, t: slice, W_rows: Tensor, bias: Tensor, threshold: T
     pre = linear(x[t], W_rows[f], bias[f])
     rows, columns = (pre > threshold[f]).nonzero(as_tuple=True)
     return rows + t.start, columns + f.start, pre[rows, columns]
+
+
+def _topk_tile(x: Tensor, t: slice, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
+    values, columns = linear(x[t], W_rows, bias).relu().topk(k, dim=-1)
+    columns, order = columns.sort(dim=-1)
+    values = values.gather(-1, order)
+    rows, place = (values > 0).nonzero(as_tuple=True)
+    return rows + t.start, columns[rows, place], values[rows, place]
+
+
+def _joined(parts: list[Csr], x: Tensor) -> Csr:
+    """(rows, columns, values) of all tiles, one after the other."""
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else _nothing(x)  # type: ignore[return-value]
 
 
 def _nothing(x: Tensor) -> Csr:

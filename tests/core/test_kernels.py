@@ -106,12 +106,28 @@ def test_nothing_active_decodes_to_the_bias_in_memory_of_its_own(parts):
     assert parts["b_dec"].count_nonzero() == 16
 
 
-def test_topk_sparse_is_the_csr_of_what_is_not_zero():
+def test_nonzero_csr_is_the_csr_of_what_is_not_zero():
     acts = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
-    indptr, indices, values = kernels.topk_sparse(acts)
+    indptr, indices, values = kernels.nonzero_csr(acts)
     assert indptr.tolist() == [0, 2, 2, 3]
     assert indices.tolist() == [1, 3, 0]
     assert values.tolist() == [2.0, 1.0, 3.0]
+
+
+def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch):
+    monkeypatch.setattr(kernels.torch_ops, "TOKENS_PER_TILE", 4)
+    generator = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(11, 8, generator=generator), torch.randn(24, 8, generator=generator)
+    bias = torch.full((24,), -2.0)  # so that many tokens have fewer than k positive ones
+    indptr, indices, values = kernels.encode_topk(x, rows, bias, k=6)
+    pre = torch.nn.functional.linear(x, rows, bias).relu()
+    best = pre.topk(6)
+    dense = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
+    expected = kernels.nonzero_csr(dense)
+    assert (indptr.diff() < 6).any()
+    assert torch.equal(indptr, expected[0])
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(values, expected[2])
 
 
 def test_only_float64_on_both_sides_computes_in_float64():
