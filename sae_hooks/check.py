@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import sites
 from .errors import EditError, SiteError
-from .runtime import Request, Runtime, Slot, SpliceRequest
+from .runtime import SINK_MULTIPLE, Request, Runtime, Slot, SpliceRequest
 from .sae import SAE
 
 POOR = 0.5  # FVU: a trained SAE on its own site explains more than half of the variance
@@ -175,7 +175,8 @@ def _neighbours(trial: Trial, slot: Slot) -> dict[str, float]:
             trial.loss()
         s = Statistics()
         x = seen[0].reshape(*trial.ids.shape, -1)[trial.ordinary().to(seen[0].device)]
-        ordinary = x.float().norm(dim=-1) <= 10 * x.float().norm(dim=-1).median()
+        norm = x.float().norm(dim=-1)
+        ordinary = norm <= SINK_MULTIPLE * norm.median()
         s.update(slot.on(x.device), x[ordinary], x[ordinary])
         found[path] = s.fvu
     return found

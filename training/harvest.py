@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sae_hooks.runtime import SINK_MULTIPLE
 from sae_hooks.sites import Site, read, resolve
 
-SINK_FACTOR = 10.0  # a norm above this many typical norms is an attention sink
 TOKENS_PER_BATCH = 4096
 
 Window = np.ndarray[Any, np.dtype[np.int32]]
@@ -97,7 +97,7 @@ def ordinary(x: Tensor, ids: Tensor, mask: Tensor, special_ids: Sequence[int], t
     x (batch, length, d_in) are the site's activations, typical_norm their usual L2 norm, in the same units.
     """
     special = torch.isin(ids, torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device))
-    sink: Tensor = torch.linalg.vector_norm(x.float(), dim=-1) > SINK_FACTOR * typical_norm
+    sink: Tensor = torch.linalg.vector_norm(x.float(), dim=-1) > SINK_MULTIPLE * typical_norm
     return mask.bool() & ~special & ~sink
 
 
@@ -111,7 +111,7 @@ def measure_norms(model: nn.Module, site: str, windows: Sequence[Window],
         d_in = x.shape[-1]
     norm = torch.cat(norms)
     typical = float(norm.median())
-    return typical, float(norm[norm <= SINK_FACTOR * typical].square().mean().sqrt()), d_in
+    return typical, float(norm[norm <= SINK_MULTIPLE * typical].square().mean().sqrt()), d_in
 
 
 def harvest(model: nn.Module, typical_norms: dict[str, float], windows: Sequence[Window],
