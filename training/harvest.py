@@ -1,7 +1,7 @@
 """Activations of a model's sites on text: windows of token ids in, the ordinary tokens' activations out.
 
 The model runs only as deep as the deepest site. Special tokens, padding and attention sinks are dropped, so
-that every row is the activation of an ordinary token (design rule 11).
+that every row is the activation of an ordinary token.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_the_embedding_sae_is_rescaled_to_what_embed_tokens_gives():
     w, rows = weights(*ALL), inputs()
     entry = one(RES, "embedding/width_4k/average_l0_21/params.npz")
     sae = gemma_scope.build(entry, as_tensors(w), None)
-    acts, scale = jumprelu(w, rows), np.sqrt(rows.shape[1])  # trained on bare rows, paper.md 4.3
+    acts, scale = jumprelu(w, rows), np.sqrt(rows.shape[1])  # trained on bare rows
     assert_agrees(sae, rows * scale, acts, decode(w, acts) * scale)
 
 

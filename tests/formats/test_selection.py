@@ -19,7 +19,7 @@ def pick(found, **asked):
     return choose([placed(e, want) for e in found if may_match(e, want)], want, "here", found)
 
 
-# Gemma Scope 2b and 9b, and which SAE the registry calls canonical (reference/paper.md 4.2)
+# Gemma Scope 2b and 9b, and which SAE the registry calls canonical
 @pytest.mark.parametrize(("offered", "canonical"), [
     ((22, 41, 82, 176, 445), 82), ((11, 20, 36, 58, 68, 138, 310, 408), 68), ((11, 19, 34, 53, 62, 114, 221, 276), 114),
     ((19, 71, 139), 71), ((90, 110), 90)])

@@ -1,6 +1,6 @@
 """Configs, links and values that are broken or hostile: refused by file and key, and nothing is imported or followed.
 
-The numbers are the rows of the fault matrix (reference/users-and-faults.md, section 5).
+The numbers name the kinds of faults, one a kind.
 """
 
 import json

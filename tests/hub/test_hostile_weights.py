@@ -1,6 +1,6 @@
 """Files that are broken, cut, hostile or something else: refused with the reason, cheaply, and nothing is run.
 
-The numbers are the rows of the fault matrix (reference/users-and-faults.md, section 5).
+The numbers name the kinds of faults, one a kind.
 """
 
 import io

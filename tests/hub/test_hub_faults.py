@@ -1,4 +1,4 @@
-"""Faults on the way from the Hub: retried, told, and never a damaged file in use. Matrix rows 11, 39 and 41."""
+"""Faults on the way from the Hub: retried, told, and never a damaged file in use."""
 
 import resource
 import time

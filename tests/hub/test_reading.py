@@ -283,7 +283,7 @@ def test_a_snapshot_folder_of_the_cache_is_a_source_and_its_links_are_followed(g
         assert load_sae(source).site == "model.layers.1.output"
 
 
-# --- what is not there, or not for us (matrix row 38) -------------------------------------------------
+# --- what is not there, or not for us -------------------------------------------------
 
 def test_38_missing_repositories_revisions_and_files_are_not_found(hub, gemma_repo, cache):
     for source, more, tells in [

@@ -20,7 +20,7 @@ from sae_hooks.sae import SAE
 
 ROOT = Path(__file__).parents[2]
 SITE = "model.layers.1.output"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's LFS upload; fake_hub trap 5
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's LFS upload
 
 
 def equal(one, other):
@@ -175,7 +175,7 @@ def test_saving_over_a_file_that_is_in_use_does_not_change_what_is_loaded(tmp_pa
     assert equal(load_sae(tmp_path), second)
 
 
-# --- push (matrix row 43) -------------------------------------------------------------------------------
+# --- push -------------------------------------------------------------------------------
 
 NUMBERS = itertools.count(1000)
 

@@ -1,4 +1,4 @@
-"""Models that accelerate off-loads or spreads over devices (design.md rule 5, reference/hooks.md section 1)."""
+"""Models that accelerate off-loads or spreads over devices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""After detach, and after any failure, the model is as it was (design.md rule 1, users-and-faults.md rows 28 to 31)."""
+"""After detach, and after any failure, the model is as it was."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""torch.compile never decides what is edited (design.md rule 2, users-and-faults.md trap 1 and row 32).
+"""torch.compile never decides what is edited.
 
 Dynamo does the tracing and guarding that all this is about; what runs the graphs is a backend that only counts them.
 """

@@ -1,4 +1,4 @@
-"""Copies, pickles and saved files of a model with SAEs are those of the plain model (users-and-faults.md row 33)."""
+"""Copies, pickles and saved files of a model with SAEs are those of the plain model."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Backward through edits: equal to autograd through the written-out formulas (design.md, gradient mode on and off)."""
+"""Backward through edits: equal to autograd through the written-out formulas."""
 
 import pytest
 import torch

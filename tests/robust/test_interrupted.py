@@ -1,4 +1,4 @@
-"""Whatever happens inside a block, it ends with the block (users-and-faults.md rows 30 and 31)."""
+"""Whatever happens inside a block, it ends with the block."""
 
 import gc
 import threading

@@ -1,4 +1,4 @@
-"""PEFT loaded, merged and unloaded around attached SAEs (users-and-faults.md row 33)."""
+"""PEFT loaded, merged and unloaded around attached SAEs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What cannot be attached or edited is refused, in words that help, and nothing changes (users-and-faults.md 5)."""
+"""What cannot be attached or edited is refused, in words that help, and nothing changes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""An edit belongs to the model and every thread sees it; scope="context" is for servers (design.md rule 3)."""
+"""An edit belongs to the model and every thread sees it; scope="context" is for servers."""
 
 import asyncio
 import contextvars

@@ -1,4 +1,4 @@
-"""Attached with nothing open, the model computes what it did before, to the last bit (design.md idea 2)."""
+"""Attached with nothing open, the model computes what it did before, to the last bit."""
 
 import pytest
 import torch

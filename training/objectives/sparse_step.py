@@ -46,7 +46,7 @@ def find_pairs(x: Tensor, enc: Tensor, b_enc: Tensor, floor: Tensor) -> Pairs:
 def _find_in_chunk(x: Tensor, enc: Tensor, b_enc: Tensor, floor: Tensor,
                    loose: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     product = x @ enc.t()
-    # numpy: torch.nonzero on a mask of this size took several times longer (performance.md).
+    # numpy: torch.nonzero on a mask of this size takes several times longer.
     at = torch.from_numpy(np.flatnonzero(product.numpy() > loose))
     rows = torch.div(at, len(enc), rounding_mode="floor")
     features = at - rows * len(enc)
