@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import sites
 from .errors import EditError, SiteError
-from .runtime import SINK_MULTIPLE, Request, Runtime, Slot, SpliceRequest
-from .sae import SAE
+from .measure import Measurement, Statistics, Trial, grouped, measure, ratio
+from .runtime import SINK_MULTIPLE, Runtime, Slot
 
 POOR = 0.5  # FVU: a trained SAE on its own site explains more than half of the variance
 
@@ -23,7 +23,8 @@ POOR = 0.5  # FVU: a trained SAE on its own site explains more than half of the 
 class Row:
     """What was measured of one SAE. fvu: mean squared error over variance (ratio of means over tokens); l0: active
     features a token; dead: share of features that fired on no token; loss_*: next-token cross-entropy in nats a
-    token; verdict in words."""
+    prediction; verdict in words. Special tokens, padding and attention sinks are neither replaced nor counted, and
+    no loss is counted of what is predicted from them."""
 
     name: str
     fvu: float
@@ -38,7 +39,7 @@ class Row:
     @property
     def loss_recovered(self) -> float:
         """(zero - spliced) / (zero - clean), arXiv 2404.16014 section 2.3; 1 is perfect."""
-        return (self.loss_zero - self.loss_spliced) / (self.loss_zero - self.loss_clean)
+        return ratio(self.loss_zero - self.loss_spliced, self.loss_zero - self.loss_clean)
 
 
 class Report(tuple[Row, ...]):
@@ -56,45 +57,6 @@ class Report(tuple[Row, ...]):
     __repr__ = __str__
 
 
-class Statistics:
-    """Running sums over tokens: reconstruction error, variance, firings."""
-
-    def __init__(self) -> None:
-        self.n, self.error, self.square = 0, 0.0, 0.0
-        self.sum: Tensor | float = 0.0
-        self.fired: Tensor | int = 0
-
-    def update(self, sae: SAE, x: Tensor, target: Tensor) -> Tensor:
-        """Take in x (n, d_in) and what should be reconstructed, (n, d_out); returns the reconstruction, float32."""
-        _, indices, _ = sae.encode_sparse(x)
-        wide = target.double()
-        x_hat: Tensor = sae(x.float())
-        self.n += len(x)
-        self.error += float((x_hat.double() - wide).square().sum())
-        self.square += float(wide.square().sum())
-        self.sum = self.sum + wide.sum(0)
-        self.fired = self.fired + torch.bincount(indices, minlength=sae.d_sae)
-        return x_hat
-
-    @property
-    def l0(self) -> float:
-        """Active features a token, on average; nan without tokens."""
-        return float(torch.as_tensor(self.fired).sum()) / self.n if self.n else float("nan")
-
-    @property
-    def dead(self) -> float:
-        """Share of features that fired on no token; nan without tokens."""
-        return float((torch.as_tensor(self.fired) == 0).double().mean()) if self.n else float("nan")
-
-    @property
-    def fvu(self) -> float:
-        """Mean squared error over mean squared distance from the mean; nan without tokens."""
-        if not self.n or not isinstance(self.sum, Tensor):
-            return float("nan")
-        variance = self.square - float(self.sum.square().sum()) / self.n
-        return self.error / variance if variance > 0 else float("nan")
-
-
 @torch.no_grad()
 def check(model: nn.Module, runtime: Runtime, slots: Sequence[Slot], inputs: Any) -> Report:
     """Measure each slot alone on `inputs` (see `Saes.check`). Raises EditError while anything else is open on the
@@ -102,45 +64,16 @@ def check(model: nn.Module, runtime: Runtime, slots: Sequence[Slot], inputs: Any
     if runtime.requests():
         raise EditError("close the open edits, splices and captures first: check measures the model as it is")
     trial = Trial(model, runtime, *_inputs(inputs))
-    statistics = {slot: Statistics() for slot in slots}
-    clean = trial.loss(*[_watch(slot, s) for slot, s in statistics.items()])
-    return Report(_row(trial, slot, s, clean) for slot, s in statistics.items())
+    measurements = [Measurement(slot) for slot in slots]
+    measure(trial, grouped(measurements))
+    return Report(_row(trial, m) for m in measurements)
 
 
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """What every measurement is made on: the model with what is open on it, token ids and mask (batch, tokens)."""
-
-    model: nn.Module
-    runtime: Runtime
-    ids: Tensor
-    mask: Tensor
-
-    def loss(self, *requests: Request) -> float:
-        """Next-token cross-entropy of a forward pass with these requests open, nats a token."""
-        with _open(self.runtime, list(requests)):
-            logits = self.model(input_ids=self.ids, attention_mask=self.mask).logits
-        return cross_entropy(logits, self.ids, self.mask)
-
-    def ordinary(self) -> Tensor:
-        """Boolean (batch, tokens): neither padding nor a special token."""
-        special = torch.tensor(sorted(self.runtime.special_ids), dtype=self.ids.dtype, device=self.ids.device)
-        return self.mask.to(self.ids.device).bool() & ~torch.isin(self.ids, special)
-
-
-def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
-    """Mean next-token cross-entropy, nats a token, over tokens (batch, tokens) that the mask keeps."""
-    kept = mask[:, 1:].bool() & mask[:, :-1].bool()
-    total = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="none"
+def _row(trial: Trial, m: Measurement) -> Row:
+    s = m.statistics
+    return Row(
+        m.slot.name, s.fvu, s.l0, s.dead, s.n, m.loss_clean, m.loss_spliced, m.loss_zero, _verdict(trial, m.slot, s)
     )
-    return float(total[kept.flatten().to(total.device)].mean())
-
-
-def _row(trial: Trial, slot: Slot, s: Statistics, clean: float) -> Row:
-    spliced, zero = trial.loss(SpliceRequest(slot)), trial.loss(SpliceRequest(slot, rebuild=_zeros))
-    verdict = _verdict(trial, slot, s)
-    return Row(slot.name, s.fvu, s.l0, s.dead, s.n, clean, spliced, zero, verdict)
 
 
 def _verdict(trial: Trial, slot: Slot, s: Statistics) -> str:
@@ -172,7 +105,7 @@ def _neighbours(trial: Trial, slot: Slot) -> dict[str, float]:
             continue
         seen: list[Tensor] = []
         with _tap(module, slot.read.side, seen):
-            trial.loss()
+            trial.logits()
         s = Statistics()
         x = seen[0].reshape(*trial.ids.shape, -1)[trial.ordinary().to(seen[0].device)]
         norm = x.float().norm(dim=-1)
@@ -202,29 +135,6 @@ def _tap(module: nn.Module, side: str, seen: list[Tensor]) -> Any:
         yield
     finally:
         handle.remove()
-
-
-def _watch(slot: Slot, s: Statistics) -> Request:
-    """A request that feeds `s` and writes what stood there."""
-
-    def rebuild(sae: SAE, x: Tensor, target: Tensor) -> Tensor:
-        s.update(sae, x, target)
-        return target
-
-    return SpliceRequest(slot, rebuild=rebuild)
-
-
-def _zeros(sae: SAE, x: Tensor, target: Tensor) -> Tensor:
-    return torch.zeros_like(target)
-
-
-@contextmanager
-def _open(runtime: Runtime, requests: list[Request]) -> Any:
-    runtime.open(requests, "context")
-    try:
-        yield
-    finally:
-        runtime.close(requests)
 
 
 def _inputs(inputs: Any) -> tuple[Tensor, Tensor]:

@@ -51,13 +51,13 @@ def fitted(model, site, inputs, rank):
 
 
 def loss_with(model, inputs, site, fn):
-    """Next-token loss with fn(x) at a site in place of x, at the ordinary tokens."""
+    """Next-token loss with fn(x) at a site in place of x, at the ordinary tokens, and of what is predicted there."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     chosen = ordinary(ids, mask, SPECIAL)
     handle = tap(model, site, lambda x: torch.where(chosen[..., None], fn(x), x))
     logits = model(**inputs).logits
     handle.remove()
-    kept = (mask[:, 1:] * mask[:, :-1]).bool()
+    kept = chosen[:, :-1] & mask[:, 1:].bool()
     return F.cross_entropy(logits[:, :-1][kept], ids[:, 1:][kept]).item()
 
 
