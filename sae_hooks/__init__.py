@@ -8,6 +8,8 @@ with model.saes.clamp({1234: 80.0}, layer=20):
 from .attach import attach_saes, detach_saes
 from .edits import Edits
 from .errors import (
+    CheckpointError,
+    DataError,
     EditError,
     SaeAttachError,
     SaeDownloadError,
@@ -17,6 +19,7 @@ from .errors import (
     SaeNotFoundError,
     SaeWarning,
     SiteError,
+    TrainingError,
     UnsafeFileError,
 )
 from .hub import list_saes, load_sae
@@ -26,6 +29,8 @@ from .sparse import SparseFeatures
 __version__ = "0.1.0"
 __all__ = [
     "SAE",
+    "CheckpointError",
+    "DataError",
     "EditError",
     "Edits",
     "SaeAttachError",
@@ -37,6 +42,7 @@ __all__ = [
     "SaeWarning",
     "SiteError",
     "SparseFeatures",
+    "TrainingError",
     "UnsafeFileError",
     "attach_saes",
     "detach_saes",

@@ -118,7 +118,7 @@ def check(
     Exit code 1 if one does not fit (wrong layer, wrong model, wrong token format).
     """
     words = TEXT if text is None else text.read_text(encoding="utf-8")
-    loaded, tokenizer = _load_model(model, dtype, device)
+    loaded, tokenizer = load_model(model, dtype, device)
     _attach(loaded, source, layer, site, width, l0, revision)
     inputs = _paragraphs(tokenizer, words, tokens).to(loaded.device)
     saes: Saes = loaded.saes
@@ -158,7 +158,7 @@ def generate(
     Several values, as in --clamp 1234=20,40,plain, give one text each, from one batch ("plain": left alone).
     """
     changes = {"clamp": _strengths(clamp), "scale": _strengths(scale), "add": _strengths(add)}
-    loaded, tokenizer = _load_model(model, dtype, device)
+    loaded, tokenizer = load_model(model, dtype, device)
     _attach(loaded, source, layer, site, width, l0, revision)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
     with ExitStack() as stack:
@@ -207,7 +207,7 @@ def _attach(loaded: Any, source: str, layer: int | None, site: str | None, width
         attach_saes(loaded, source, layer=layer, site=site, width=width, l0=l0, revision=revision)
 
 
-def _load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     """(model, tokenizer), padding on the left. Raises SaeNotFoundError where transformers finds or knows no such
     model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

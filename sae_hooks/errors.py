@@ -8,7 +8,10 @@
     ├── SaeNotFoundError (FileNotFoundError) no such repository, revision, file, layer or width
     ├── SaeDownloadError (OSError)           it may exist, but could not be fetched whole
     ├── SaeAttachError (RuntimeError)        the model's present state does not allow it
-    └── EditError (ValueError)               an edit asks for what cannot be done
+    ├── EditError (ValueError)               an edit asks for what cannot be done
+    └── TrainingError (RuntimeError)         a training cannot start, or cannot go on
+        ├── DataError (ValueError)           its texts or activations are missing, unfit, or ended early
+        └── CheckpointError (ValueError)     what it should go on from is broken or another training's
 
 A message says what was expected, what came, where, and what to do. The underlying exception is its `__cause__`.
 """
@@ -48,6 +51,18 @@ class SaeAttachError(SaeError, RuntimeError):
 
 class EditError(SaeError, ValueError):
     """An edit asks for what cannot be done."""
+
+
+class TrainingError(SaeError, RuntimeError):
+    """A training cannot start, or cannot go on."""
+
+
+class DataError(TrainingError, ValueError):
+    """Texts or activations for a training are missing, unfit, or ended early."""
+
+
+class CheckpointError(TrainingError, ValueError):
+    """What a training should go on from is broken, or belongs to another training."""
 
 
 class SaeWarning(UserWarning):

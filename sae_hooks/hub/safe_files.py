@@ -108,7 +108,7 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 os.unlink(name)
         raise
     for folder in {path.parent for path in files}:
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def _write_through(path: Path, content: bytes) -> None:
@@ -119,7 +119,8 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed or removed in a folder outlast a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -131,11 +132,12 @@ def _clear_leftovers(path: Path) -> None:
     """Remove temporary files of processes that are no more."""
     for left in path.parent.glob(f".{path.name}.*.*.tmp"):
         pid = left.name.split(".")[-3]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             left.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

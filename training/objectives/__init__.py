@@ -1,5 +1,14 @@
-"""What is minimised: pure functions (sae, x, step) -> Loss."""
-from .base import Loss, Objective
-from .jumprelu import JumpReLUObjective, dense_loss, sparse_loss, threshold_of
+"""What is minimised: frozen objectives, called with (sae, batch, extra) for a Loss."""
 
-__all__ = ["JumpReLUObjective", "Loss", "Objective", "dense_loss", "sparse_loss", "threshold_of"]
+from .base import Batch, Extra, Loss, Objective
+from .gated import Gated
+from .jumprelu import JumpReLU
+from .relu import ReLU
+from .tanh import TanhJumpReLU
+from .topk import BatchTopK, TopK
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "jumprelu": JumpReLU, "tanh": TanhJumpReLU, "gated": Gated, "topk": TopK, "batchtopk": BatchTopK, "relu": ReLU}
+
+__all__ = ["OBJECTIVES", "Batch", "BatchTopK", "Extra", "Gated", "JumpReLU", "Loss", "Objective", "ReLU",
+           "TanhJumpReLU", "TopK"]

@@ -1,0 +1,131 @@
+"""TopK and BatchTopK SAEs with AuxK, the auxiliary loss that brings dead features back.
+
+TopK: arXiv 2406.04093; BatchTopK: arXiv 2412.06410.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_hooks.sae import SAE
+
+from ..codes import SparseCode, encode_chosen
+from .base import Batch, Extra, Loss, Objective, firings, like, reconstruct, spread, squared_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Objective):
+    """Keep each token's k largest positive pre-activations; minimise ||x - x_hat||^2 + aux * AuxK.
+
+    A feature that fired on none of the last dead_after tokens is dead; the aux_k largest pre-activations among the
+    dead reconstruct what x_hat lacks, and their error, relative to that, is AuxK. The published values are those
+    below, and for aux_k a power of two near d_in / 2 (0: no AuxK).
+    """
+
+    k: int
+    aux: float = 1 / 32
+    aux_k: int = 256
+    dead_after: int = 10_000_000
+
+    shardable: ClassVar[bool] = False
+
+    def gate(self, d_sae: int) -> dict[str, Tensor | int]:
+        """The k largest."""
+        return {"k": self.k}
+
+    def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
+        """The loss on a batch."""
+        return self.loss(sae, batch, self.code(sae, batch))
+
+    def code(self, sae: SAE, batch: Batch) -> SparseCode:
+        """The features that are kept."""
+        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_each(self.k))
+
+    def loss(self, sae: SAE, batch: Batch, code: SparseCode, **state: Tensor) -> Loss:
+        """The loss of the features that were kept."""
+        x_hat = reconstruct(sae, code, code.pre, batch)
+        error = squared_error(x_hat, batch.target)
+        l0, fired = firings(code, code.pre.detach() > 0, batch)
+        return Loss(total=error + self.aux * self.aux_loss(sae, batch, (batch.target - x_hat).detach()),
+                    reconstruction=error.detach(), l0=l0, fired=fired, coefficient=0.0, state=state)
+
+    def aux_loss(self, sae: SAE, batch: Batch, lack: Tensor) -> Tensor:
+        """How badly the dead features reconstruct `lack` (batch, d_out): their squared error over lack's variance, in
+        units of the target's variance."""
+        dead = (batch.idle > self.dead_after).nonzero().view(-1)
+        k = min(self.aux_k, len(dead))
+        if k == 0:
+            return lack.new_zeros(())
+        pre = F.linear(batch.x, sae.W_enc.t()[dead], self.bias(sae)[dead]).relu()
+        values, places = pre.topk(k, dim=-1)
+        found = torch.zeros_like(pre).scatter(-1, places, values) @ sae.W_dec[dead]
+        average = batch.over_batches
+        return squared_error(found, lack) * (spread(batch.target, average) / spread(lack, average).clamp(min=1e-12))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopK(TopK):
+    """Keep the k * batch largest positive pre-activations of the whole batch.
+
+    At inference a feature fires above one threshold for all: the running average, with the weight `forget` on each new
+    batch, of the least activation that was kept. What comes out is a JumpReLU SAE.
+    """
+
+    forget: float = 0.01
+
+    def gate(self, d_sae: int) -> dict[str, Tensor | int]:
+        """No threshold in training."""
+        return {"threshold": torch.zeros(d_sae)}
+
+    def extra(self, sae: SAE) -> dict[str, Tensor]:
+        """least: the running average; batches: how many it has seen, at most 1 / forget."""
+        return {"least": torch.zeros((), device=sae.device), "batches": torch.zeros((), device=sae.device)}
+
+    def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
+        """The loss on a batch."""
+        code = self.code(sae, batch)
+        seen = (extra["batches"] + 1).clamp(max=1 / self.forget)
+        least = batch.over_batches(code.pre.detach().min() if code.pre.numel() else extra["least"])
+        average = extra["least"] + (least - extra["least"]) / seen
+        return self.loss(sae, batch, code, least=average, batches=seen)
+
+    def code(self, sae: SAE, batch: Batch) -> SparseCode:
+        """The features that are kept."""
+        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_all(self.k), whole=True)
+
+    def finish(self, sae: SAE, extra: Extra) -> SAE:
+        """Put the one threshold into the SAE."""
+        threshold = torch.full_like(sae.b_enc, float(extra["least"]))
+        return super().finish(like(sae, threshold=threshold), extra)
+
+
+def largest_of_each(k: int) -> Callable[[Tensor], Tensor]:
+    """Choose the k largest positive entries of each row."""
+    def choose(pre: Tensor) -> Tensor:
+        values, columns = pre.topk(k, dim=-1, sorted=False)
+        columns = torch.where(values > 0, columns, pre.shape[1]).sort(dim=-1).values
+        flat = columns + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
+        return flat[columns < pre.shape[1]]
+    return choose
+
+
+def largest_of_all(k: int) -> Callable[[Tensor], Tensor]:
+    """Choose the k * rows largest positive entries."""
+    def choose(pre: Tensor) -> Tensor:
+        positive = (pre > 0).view(-1).nonzero().view(-1)
+        wanted, values = k * len(pre), pre.view(-1)[positive]
+        return positive if len(values) <= wanted else positive[_largest(values, wanted)].sort().values
+    return choose
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    if values.device.type == "cpu":  # selection in linear time; torch.topk sorts
+        return torch.from_numpy(np.argpartition(values.numpy(), len(values) - n)[-n:])
+    return values.topk(n, sorted=False).indices
