@@ -1,40 +1,43 @@
 """Activations of a model's sites on text: windows of token ids in, the ordinary tokens' activations out.
 
-The model runs only as deep as the deepest site. Special tokens, padding and attention sinks are dropped, so
-that every row is the activation of an ordinary token.
+The model runs only as deep as the deepest site. Special tokens, padding and attention sinks are dropped, so that every
+row is the activation of an ordinary token; what is dropped at one site is dropped at all, so that row i of every site
+is of the same token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sae_hooks.errors import DataError, SiteError
 from sae_hooks.runtime import SINK_MULTIPLE
-from sae_hooks.sites import Site, read, resolve
+from sae_hooks.sites import Site, find_input, normalize, read, resolve
+
+from .text import Window as Window
+from .text import context_windows as context_windows
 
 TOKENS_PER_BATCH = 4096
-
-Window = np.ndarray[Any, np.dtype[np.int32]]
-
-
-def context_windows(documents: Iterable[Sequence[int]], length: int, seed: int) -> list[Window]:
-    """Cut token id lists into windows (<= length,) of one document each, and shuffle them all with seed.
-
-    Windows of a single token are left out: a text's first token is an attention sink.
-    """
-    cut = (ids[i:i + length] for ids in documents for i in range(0, len(ids), length))
-    kept = [np.asarray(window, dtype=np.int32) for window in cut if len(window) > 1]
-    return [kept[i] for i in np.random.default_rng(seed).permutation(len(kept))]
+NORM_WINDOWS = 64  # that norms are measured on: 16,000 tokens at a window of 256
 
 
-def padded_batches(windows: Sequence[Window],
-                   tokens: int = TOKENS_PER_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True, kw_only=True)
+class SiteInfo:
+    """A site's width, and the root mean square and the median of its ordinary tokens' L2 norms, in its own units."""
+
+    d_in: int
+    rms_norm: float
+    typical_norm: float
+
+
+def padded_batches(windows: Sequence[Window], tokens: int = TOKENS_PER_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (input_ids, attention_mask), each (batch, length), of at most `tokens` positions or one window.
 
     Windows of like length go together, longest first, so that little is padded; padding is on the right.
@@ -58,15 +61,34 @@ class _DeepEnoughError(Exception):
     """Raised by the last site that is met: nothing above it is wanted."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a training may go on to differentiate through what comes out
 def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Run model on ids, mask (batch, length) as deep as sites need: {site: x (batch, length, d_in)}.
 
-    The model is left as it was. Raises SiteError for a site that it has not.
+    A site ends in .output, .input or .normalized (sites.py). ids and mask may lie anywhere; each x lies where the model
+    computes it, which differs between sites of a model that accelerate has spread over devices. The model is left as it
+    was. Raises SiteError for a site that it has not, or that a forward pass does not reach.
     """
-    with _recording(model, sites) as seen, suppress(_DeepEnoughError):
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return seen
+    where = _input_device(model, ids.device)
+    with _uncompiled(), _recording(model, sites) as seen, suppress(_DeepEnoughError):
+        model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False)
+    if unmet := [site for site in sites if site not in seen]:
+        raise SiteError(f"a forward pass of {type(model).__name__} on text never reaches {', '.join(unmet)}")
+    return {site: seen[site] for site in sites}
+
+
+def _input_device(model: nn.Module, default: torch.device) -> torch.device | str | int:
+    """Where accelerate's hook takes the inputs, or where the weights are; those on "meta" are off-loaded."""
+    planned: torch.device | str | int | None = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if planned is not None:
+        return planned
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), default)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled models as they were written: a graph would not let a hook end the pass. Costs nothing where no
+    compiler was imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -74,7 +96,7 @@ def _recording(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, Ten
     """Hooks that fill {site: x}, and stop the forward pass when all sites were met."""
     seen: dict[str, Tensor] = {}
     found = {site: resolve(model, site) for site in sites}
-    handles = [_record_at(place, name, seen, len(sites)) for name, place in found.items()]
+    handles = [_record_at(place, name, seen, len(found)) for name, place in found.items()]
     try:
         yield seen
     finally:
@@ -83,47 +105,103 @@ def _recording(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def _record_at(place: Site, name: str, seen: dict[str, Tensor], wanted: int) -> RemovableHandle:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        seen[name] = read(output if place.side == "output" else args, name).detach()
+    def note(x: Tensor) -> None:
+        seen[name] = x.detach()
         if len(seen) == wanted:
             raise _DeepEnoughError
+        seen[name] = seen[name].clone()  # some models go on to add to it in place (Falcon's parallel MLP)
 
-    return place.module.register_forward_hook(hook)
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        note(read(output, name))
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at = find_input(args, kwargs, name)
+        x = args[at] if isinstance(at, int) else kwargs[at]
+        note(normalize(x, module) if place.side == "normalized" else x)
+
+    if place.side == "output":
+        return place.module.register_forward_hook(after)
+    return place.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def ordinary(x: Tensor, ids: Tensor, mask: Tensor, special_ids: Sequence[int], typical_norm: float) -> Tensor:
-    """Mask (batch, length) of what an SAE is trained on and may replace: no padding, special token or sink.
+    """Mask (batch, length), on x's device, of what an SAE is trained on and may replace: no padding, special token or
+    sink.
 
     x (batch, length, d_in) are the site's activations, typical_norm their usual L2 norm, in the same units.
     """
     special = torch.isin(ids, torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device))
     sink: Tensor = torch.linalg.vector_norm(x.float(), dim=-1) > SINK_MULTIPLE * typical_norm
-    return mask.bool() & ~special & ~sink
+    return (mask.to(ids.device).bool() & ~special).to(x.device) & ~sink
+
+
+def ordinary_rows(found: Mapping[str, Tensor], ids: Tensor, mask: Tensor, special_ids: Sequence[int],
+                  typical_norms: Mapping[str, float]) -> dict[str, Tensor]:
+    """{site: bf16 rows (n, d_in)} of the positions that are ordinary at every site, each where its activations are.
+
+    found: what `site_activations` gave for ids, mask (batch, length). Raises DataError for activations that are not
+    finite.
+    """
+    masks = [ordinary(x, ids, mask, special_ids, typical_norms[site]).to(ids.device) for site, x in found.items()]
+    keep = torch.stack(masks).all(0)
+    rows = {site: x[keep.to(x.device)].bfloat16() for site, x in found.items()}
+    for site, x in rows.items():
+        if not bool(x.isfinite().all()):
+            raise DataError(f"{site} gave activations that are not finite, in {found[site].dtype}; load the model in "
+                            "bfloat16 or float32")
+    return rows
+
+
+def measure_sites(model: nn.Module, sites: Sequence[str], windows: Sequence[Window],
+                  special_ids: Sequence[int]) -> dict[str, SiteInfo]:
+    """What `harvest` needs to know first of each site, measured on windows: norms of ordinary tokens, width.
+
+    rms_norm leaves out what is a sink at any of the sites. Raises DataError if no token is ordinary.
+    """
+    norms: dict[str, list[Tensor]] = {site: [] for site in sites}
+    widths: dict[str, int] = {}
+    for ids, mask in padded_batches(windows):
+        for site, x in site_activations(model, sites, ids, mask).items():
+            kept = x[ordinary(x, ids, mask, special_ids, float("inf"))]
+            norms[site].append(kept.float().norm(dim=-1).cpu())
+            widths[site] = x.shape[-1]
+    joined = {site: torch.cat(parts) if parts else torch.empty(0) for site, parts in norms.items()}
+    _check_measured(joined, windows, special_ids)
+    typical = {site: float(norm.median()) for site, norm in joined.items()}
+    keep = torch.stack([norm <= SINK_MULTIPLE * typical[site] for site, norm in joined.items()]).all(0)
+    rms = {site: float(norm[keep].square().mean().sqrt()) for site, norm in joined.items()}
+    return {site: SiteInfo(d_in=widths[site], rms_norm=rms[site], typical_norm=typical[site]) for site in sites}
+
+
+def _check_measured(norms: Mapping[str, Tensor], windows: Sequence[Window], special_ids: Sequence[int]) -> None:
+    for site, norm in norms.items():
+        if not len(norm):
+            raise DataError(
+                f"no ordinary token is left to train on: all {sum(map(len, windows)):,} tokens of {len(windows):,} "
+                f"windows are special ones (special_ids has {len(set(special_ids)):,}); give other texts, or only the "
+                "ids of BOS, EOS, padding and the like"
+            )
+        if not bool(norm.isfinite().all()):
+            raise DataError(f"{site} gave activations that are not finite; load the model in bfloat16 or float32")
 
 
 def measure_norms(model: nn.Module, site: str, windows: Sequence[Window],
                   special_ids: Sequence[int]) -> tuple[float, float, int]:
-    """(typical_norm, rms_norm, d_in): median and root mean square of the L2 norms of ordinary tokens."""
-    norms, d_in = [], 0
-    for ids, mask in padded_batches(windows):
-        x = site_activations(model, [site], ids, mask)[site]
-        norms.append(x[ordinary(x, ids, mask, special_ids, float("inf"))].float().norm(dim=-1))
-        d_in = x.shape[-1]
-    norm = torch.cat(norms)
-    typical = float(norm.median())
-    return typical, float(norm[norm <= SINK_MULTIPLE * typical].square().mean().sqrt()), d_in
+    """(typical_norm, rms_norm, d_in) of one site; see `measure_sites`."""
+    info = measure_sites(model, [site], windows, special_ids)[site]
+    return info.typical_norm, info.rms_norm, info.d_in
 
 
-def harvest(model: nn.Module, typical_norms: dict[str, float], windows: Sequence[Window],
-            special_ids: Sequence[int]) -> dict[str, Tensor]:
-    """{site: bf16 activations (n, d_in) of ordinary tokens} for each site of typical_norms.
+def harvest(model: nn.Module, typical_norms: Mapping[str, float], windows: Sequence[Window],
+            special_ids: Sequence[int], *, tokens: int = TOKENS_PER_BATCH) -> dict[str, Tensor]:
+    """{site: bf16 activations (n, d_in) of ordinary tokens, on the CPU} for each site of typical_norms.
 
-    Rows are in the order of `padded_batches`: windows longest first, and each window's tokens in their order.
+    Rows are in the order of `padded_batches`: windows longest first, and each window's tokens in their order; row i is
+    of the same token at all sites. tokens: positions of one forward pass.
     """
-    rows: dict[str, list[Tensor]] = {site: [] for site in typical_norms}
-    for ids, mask in padded_batches(windows):
-        found = site_activations(model, list(rows), ids, mask)
-        for site, typical_norm in typical_norms.items():
-            x = found[site]
-            rows[site].append(x[ordinary(x, ids, mask, special_ids, typical_norm)].bfloat16())
-    return {site: torch.cat(parts) for site, parts in rows.items()}
+    parts: dict[str, list[Tensor]] = {site: [] for site in typical_norms}
+    for ids, mask in padded_batches(windows, tokens):
+        found = site_activations(model, list(parts), ids, mask)
+        for site, rows in ordinary_rows(found, ids, mask, special_ids, typical_norms).items():
+            parts[site].append(rows.cpu())
+    return {site: torch.cat(rows) for site, rows in parts.items()}

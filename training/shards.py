@@ -1,29 +1,38 @@
-"""Harvested activations on disk: folder/site/harvest.json and shard-NNNNN.safetensors, one tensor "x" (n,
-d_in) each.
+"""Harvested activations on disk: folder/site/harvest.json and shard-NNNNN.safetensors, one bf16 tensor "x" (n, d_in)
+each. Shard N holds the same tokens at every site of the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .harvest import Window, harvest
+from sae_hooks.errors import DataError, SaeWarning
+
+from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, Window, harvest, measure_sites
+
+UNSTATED: Mapping[str, Any] = {"sites": (), "windows_per_shard": 0, "text": ""}  # as older harvests leave them
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestInfo:
     """What a folder of shards says of itself.
 
-    typical_norm and rms_norm: median and root mean square of the L2 norms of ordinary tokens, in the
-    model's units. window: tokens of context.
+    typical_norm and rms_norm: median and root mean square of the L2 norms of ordinary tokens, in the model's units.
+    window: tokens of context. The last three say what `write_shards` was given, and are empty in a harvest from before
+    they were stored: all sites of the folder, the windows of a shard, and a digest of the first shard's windows.
     """
 
     site: str
@@ -33,49 +42,117 @@ class HarvestInfo:
     d_in: int
     window: int
     seed: int
+    sites: tuple[str, ...] = ()
+    windows_per_shard: int = 0
+    text: str = ""
+
+    @property
+    def measured(self) -> SiteInfo:
+        """The width and norms."""
+        return SiteInfo(d_in=self.d_in, rms_norm=self.rms_norm, typical_norm=self.typical_norm)
 
 
-def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], windows: Sequence[Window],
-                 special_ids: Sequence[int], *, windows_per_shard: int, worker: int = 0,
-                 workers: int = 1) -> Iterator[int]:
-    """Write every shard N = worker (mod workers) that is not there yet, for all sites; yield the tokens of
-    each.
+def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows: Iterable[Window],
+                  special_ids: Sequence[int], *, model_name: str, window: int, seed: int,
+                  windows_per_shard: int) -> list[HarvestInfo]:
+    """Claim folder for a harvest of sites: what it says of each, or, where it is empty, what is measured on the first
+    windows and stored there. Of several processes that measure at once, the first one's norms count for all.
 
-    Shard N holds windows [N * windows_per_shard, ...) and is seen whole or not at all, so that a harvest
-    that was cut off goes on where it stopped. Raises ValueError if folder holds another harvest.
+    Raises DataError if folder holds another harvest, or if windows has no ordinary token.
     """
+    stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
+              "windows_per_shard": windows_per_shard, "text": _digest(islice(windows, windows_per_shard))}
+    for site in sites:
+        _check_same(folder / site, stated)
+    if not all((folder / site / "harvest.json").exists() for site in sites):
+        first = list(islice(windows, NORM_WINDOWS))
+        for site, measured in measure_sites(model, sites, first, special_ids).items():
+            _claim(folder / site, HarvestInfo(site=site, **stated, **asdict(measured)))
+            _check_same(folder / site, stated)
+    return [read_info(folder / site) for site in sites]
+
+
+def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], windows: Iterable[Window],
+                 special_ids: Sequence[int], *, windows_per_shard: int, worker: int | None = None,
+                 workers: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[int]:
+    """Write every shard N = worker (mod workers) that is not there yet, for all sites; yield the tokens of each.
+
+    Shard N holds windows [N * windows_per_shard, ...) and is seen whole or not at all, so that a harvest that was cut
+    off goes on where it stopped. windows must be the same at each reading: a list, or `text.windows`. worker and
+    workers are those of `accelerate launch` by default. A shard that cannot be read is written anew, with a SaeWarning.
+    Raises DataError if folder holds another harvest, or if a shard cannot be written (a full disk): the shards before
+    are kept, and nothing of that one.
+    """
+    share = launched_share() if worker is None or workers is None else (worker, workers)
+    stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
+              "text": _digest(islice(windows, windows_per_shard))}
     for info in infos:
-        _claim(folder / info.site, info)
-    for n in range(worker, -(-len(windows) // windows_per_shard), workers):
-        missing = {i.site: i.typical_norm for i in infos if not _path(folder, i.site, n).exists()}
-        if missing:
-            mine = windows[n * windows_per_shard:(n + 1) * windows_per_shard]
-            found = harvest(model, missing, mine, special_ids)
-            for site, x in found.items():
-                _save(x, _path(folder, site, n))
+        _check_same(folder / info.site, asdict(info) | stated)
+    for info in infos:
+        _claim(folder / info.site, HarvestInfo(**asdict(info) | stated))
+    typical = {info.site: info.typical_norm for info in infos}
+    for n, mine in _groups(windows, windows_per_shard, share):
+        paths = {info.site: folder / info.site / f"shard-{n:05d}.safetensors" for info in infos}
+        if not all(_is_whole(paths[info.site], info.d_in) for info in infos):
+            found = harvest(model, typical, mine, special_ids, tokens=tokens_per_batch)
+            for site, x in found.items():  # all of them, so that their rows are surely of the same tokens
+                _save(x, paths[site])
             yield max(map(len, found.values()))
 
 
+def launched_share() -> tuple[int, int]:
+    """(rank, processes) under `accelerate launch` or torchrun; (0, 1) in a process that stands alone.
+
+    Starts accelerate's process group if nobody has yet.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return state.process_index, state.num_processes
+
+
 def read_info(folder: Path) -> HarvestInfo:
-    """The harvest.json of a site's folder."""
-    return HarvestInfo(**json.loads((folder / "harvest.json").read_text()))
+    """The harvest.json of a site's folder. Raises DataError if it is missing or not what it should be."""
+    path = folder / "harvest.json"
+    try:
+        facts = json.loads(path.read_text())
+        return HarvestInfo(**{**facts, "sites": tuple(facts.get("sites", ()))})
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no harvest.json, so it is no site of a harvest; harvest first") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is not what a harvest writes ({error}); harvest into a new folder") from error
+
+
+def read_shard(path: Path, d_in: int) -> Tensor:
+    """The rows (n, d_in) of a shard, mapped, not read. Raises DataError that names it if it is broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            x: Tensor = file.get_tensor("x")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is broken ({error}). Harvest again into this folder: only that shard is "
+                        "written anew") from error
+    if x.ndim != 2 or x.shape[1] != d_in or not x.is_floating_point():
+        raise DataError(f"{path} is of another harvest: expected rows of {d_in}, got {tuple(x.shape)} {x.dtype}")
+    return x
 
 
 class Shards:
     """The activations in one site's folder, read shuffled; `len(shards)` tokens, memory-mapped."""
 
     def __init__(self, folder: Path, max_tokens: int | None = None) -> None:
-        """Map the shards that are there, in order, until max_tokens are reached. FileNotFoundError if there
-        are none.
-        """
+        """Map the shards that are there, in order, until max_tokens are reached. DataError if there are none, or if
+        one is broken."""
         self.info = read_info(folder)
+        self.names: list[str] = []
         self.parts: list[Tensor] = []
         for path in sorted(folder.glob("shard-*.safetensors")):
             if max_tokens is None or len(self) < max_tokens:
-                with safe_open(path, framework="pt") as f:
-                    self.parts.append(f.get_tensor("x"))
-        if not self.parts:
-            raise FileNotFoundError(f"{folder} holds no shard-*.safetensors; harvest first")
+                self.names.append(path.name)
+                self.parts.append(read_shard(path, self.info.d_in))
+        if not len(self):
+            raise DataError(f"{folder} holds no activations (no shard-*.safetensors with rows); harvest first")
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -98,23 +175,95 @@ class Shards:
         return out
 
 
-def _path(folder: Path, site: str, n: int) -> Path:
-    return folder / site / f"shard-{n:05d}.safetensors"
+def _groups(windows: Iterable[Window], size: int, share: tuple[int, int]) -> Iterator[tuple[int, list[Window]]]:
+    """(n, windows of shard n) for each n of this share."""
+    opened, n = iter(windows), 0
+    while mine := list(islice(opened, size)):
+        if n % share[1] == share[0]:
+            yield n, mine
+        n += 1
+
+
+def _is_whole(path: Path, d_in: int) -> bool:
+    if not path.exists():
+        return False
+    try:
+        read_shard(path, d_in)
+    except DataError as error:
+        warnings.warn(f"a shard is written anew: {error}", SaeWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _save(x: Tensor, path: Path) -> None:
+    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    try:
+        _write_whole(path, lambda scratch: save_file({"x": x.contiguous()}, scratch), os.replace)
+    except (OSError, SafetensorError) as error:
+        kept = len(list(path.parent.glob("shard-*.safetensors")))
+        raise DataError(
+            f"{path} could not be written ({error}). The {kept} shards that are there are whole, and nothing is left "
+            f"of this one, of {x.nbytes / 1e6:,.1f} MB. Make room, and start the same harvest again: it goes on there"
+        ) from error
+
+
+def _write_whole(path: Path, write: Callable[[Path], object], appear: Callable[[Path, Path], object]) -> None:
+    """Have `write` fill a scratch file, and `appear` move it to path; nothing else is ever left."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"x": x}, scratch)
-    os.replace(scratch, path)
+    try:
+        write(scratch)
+        _sync(scratch, os.O_RDWR)
+        appear(scratch, path)
+        _sync(path.parent, os.O_RDONLY)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _first_wins(scratch: Path, path: Path) -> None:
+    """Move scratch to path unless there is a file."""
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(scratch, path)
+
+
+def _sync(path: Path, flags: int) -> None:
+    opened = os.open(path, flags)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _claim(folder: Path, info: HarvestInfo) -> None:
-    """Write folder/harvest.json, or raise ValueError if there is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "harvest.json"
-    if not path.exists():
-        scratch = folder / f".harvest.{os.getpid()}"
-        scratch.write_text(json.dumps(asdict(info), indent=1))
-        os.replace(scratch, path)
-    if (found := read_info(folder)) != info:
-        raise ValueError(f"{folder} holds another harvest; take a new folder: expected {info}, found {found}")
+    """Write folder/harvest.json, unless there is one. Two processes at once: the first one's stays."""
+    stated = {name: value for name, value in asdict(info).items() if value != UNSTATED.get(name)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "harvest.json").exists():
+            text = json.dumps(stated, indent=1)
+            _write_whole(folder / "harvest.json", lambda scratch: scratch.write_text(text), _first_wins)
+    except OSError as error:
+        raise DataError(f"{folder} cannot hold a harvest: {error}") from error
+
+
+def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Compare what harvest.json, if there is one, and `asked` both state."""
+    if not (folder / "harvest.json").exists():
+        return
+    there = asdict(read_info(folder))
+    other = [f"{name}: there {there[name]!r}, here {here!r}" for name, here in asked.items()
+             if here != there[name] and UNSTATED.get(name) not in (here, there[name])]
+    if other:
+        raise DataError(f"{folder} holds another harvest; take a new folder ({'; '.join(other)})")
+
+
+def _digest(windows: Iterable[Window]) -> str:
+    """Of ids and lengths. The first shard's windows stay the same when a harvest is made longer."""
+    state = hashlib.sha256()
+    for window in windows:
+        state.update(len(window).to_bytes(4, "little") + window.tobytes())
+    return state.hexdigest()[:16]

@@ -1,30 +1,25 @@
-"""The harvest: which tokens come, in which order, and from how deep; its shards on disk."""
+"""The harvest: which tokens come, in which order, from which side of a site, and from how deep."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
-from sae_hooks.errors import SiteError
-from sae_hooks.training import (
-    HarvestInfo,
-    Shards,
-    context_windows,
-    harvest,
-    measure_norms,
-    padded_batches,
-    site_activations,
-    write_shards,
-)
+from sae_hooks.errors import DataError, SiteError
+from sae_hooks.training.harvest import harvest, measure_norms, measure_sites, padded_batches, site_activations
+from sae_hooks.training.text import context_windows
 
 from .conftest import BOS, SINK
 
 SITE = "model.layers.1.output"
+THREE_SIDES = ["model.layers.2.self_attn.o_proj.input", "model.layers.1.pre_feedforward_layernorm.normalized",
+               "model.layers.1.output"]
 WINDOWS = [np.array(ids, dtype=np.int32)
            for ids in ([BOS, 9, SINK, 10, 11], [12, 13], [14, 15, 16, BOS], [17, 18, 19])]
 ORDINARY = [[9, 10, 11], [14, 15, 16], [17, 18, 19], [12, 13]]  # longest window first
@@ -38,12 +33,6 @@ def expected_rows(model: LlamaForCausalLM) -> torch.Tensor:
         hidden = model(ids, output_hidden_states=True).hidden_states[2][0]
         rows += [hidden[i] for i, token in enumerate(ids[0].tolist()) if token in kept]
     return torch.stack(rows)
-
-
-def info_of(site: str = SITE, **changes: Any) -> HarvestInfo:
-    facts: dict[str, Any] = {"site": site, "model_name": "tiny", "typical_norm": 4.0, "rms_norm": 2.0,
-                             "d_in": 16, "window": 5, "seed": 0}
-    return HarvestInfo(**(facts | changes))
 
 
 def test_ordinary_tokens_come_in_order_without_specials_padding_and_sinks(
@@ -118,54 +107,125 @@ def test_batches_keep_to_their_size_and_pad_little() -> None:
     assert [mask.sum(1).tolist() for _, mask in batches] == [[8, 8], [8, 3], [2]]
 
 
-def test_a_harvest_that_was_cut_off_goes_on_where_it_stopped(
-        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    args = (model_with_a_sink_token, tmp_path, [info_of()], WINDOWS, [0, BOS])
-    first = next(write_shards(*args, windows_per_shard=1))
-    untouched = (tmp_path / SITE / "shard-00000.safetensors").stat().st_mtime_ns
-
-    rest = list(write_shards(*args, windows_per_shard=1))
-
-    assert [first, *rest] == [3, 2, 3, 3]
-    assert (tmp_path / SITE / "shard-00000.safetensors").stat().st_mtime_ns == untouched
-    assert list(write_shards(*args, windows_per_shard=1)) == []
-    assert len(Shards(tmp_path / SITE)) == 11
+# --- several sites, several sides -----------------------------------------------------------------
 
 
-def test_workers_share_the_shards(model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    for worker in (1, 0):
-        list(write_shards(model_with_a_sink_token, tmp_path, [info_of()], WINDOWS, [0, BOS],
-                          windows_per_shard=1, worker=worker, workers=2))
+def test_every_side_of_a_site_is_what_the_module_takes_or_gives(tiny_gemma2: Gemma2ForCausalLM) -> None:
+    ids = torch.arange(10, 22).reshape(2, 6)
+    layer, norm, seen = tiny_gemma2.model.layers[2], tiny_gemma2.model.layers[1].pre_feedforward_layernorm, {}
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.update(into_o_proj=args[0])),
+             norm.register_forward_hook(lambda module, args, output: seen.update(normed=output))]
+    hidden = tiny_gemma2(ids, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
 
-    assert len(list((tmp_path / SITE).glob("shard-*"))) == 4
+    found = site_activations(tiny_gemma2, THREE_SIDES, ids, torch.ones_like(ids))
 
-
-def test_another_harvest_in_the_folder_is_refused(
-        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    args = (WINDOWS, [0, BOS])
-    list(write_shards(model_with_a_sink_token, tmp_path, [info_of()], *args, windows_per_shard=4))
-
-    with pytest.raises(ValueError, match="holds another harvest"):
-        list(write_shards(model_with_a_sink_token, tmp_path, [info_of(seed=1)], *args, windows_per_shard=4))
-
-
-def test_an_epoch_is_every_row_once_shuffled_across_shards_and_scaled(
-        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    list(write_shards(model_with_a_sink_token, tmp_path, [info_of()], WINDOWS, [0, BOS], windows_per_shard=1))
-    shards = Shards(tmp_path / SITE)
-
-    rows = torch.cat(list(shards.batches(1, seed=0)))
-
-    stored = torch.cat(shards.parts).float() / 2.0
-    assert not torch.equal(rows, stored)
-    assert torch.equal(rows[rows[:, 0].argsort()], stored[stored[:, 0].argsort()])
-    assert torch.equal(rows, torch.cat(list(shards.batches(1, seed=0))))
-    assert [len(b) for b in shards.batches(4, seed=0)] == [4, 4]
+    assert list(found) == THREE_SIDES
+    assert torch.equal(found[THREE_SIDES[0]], seen["into_o_proj"])
+    torch.testing.assert_close(found[THREE_SIDES[1]] * (1 + norm.weight), seen["normed"])
+    assert torch.equal(found[THREE_SIDES[2]], hidden[2])
 
 
-def test_fewer_tokens_can_be_asked_for(model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    list(write_shards(model_with_a_sink_token, tmp_path, [info_of()], WINDOWS, [0, BOS], windows_per_shard=1))
+def test_a_sink_of_one_site_is_dropped_at_all_sites(model_with_a_sink_token: LlamaForCausalLM) -> None:
+    normed = "model.layers.1.post_attention_layernorm.normalized"  # no sinks here: all norms are sqrt(16)
 
-    assert len(Shards(tmp_path / SITE, max_tokens=4)) == 5  # whole shards: 3 + 2
-    with pytest.raises(FileNotFoundError):
-        Shards(tmp_path / "nothing")
+    both = measure_sites(model_with_a_sink_token, [normed, SITE], WINDOWS, [0, BOS])
+    alone = harvest(model_with_a_sink_token, {normed: 4.0}, WINDOWS, [0, BOS])
+    found = harvest(model_with_a_sink_token, {s: i.typical_norm for s, i in both.items()}, WINDOWS, [0, BOS])
+
+    assert len(alone[normed]) == 12
+    assert len(found[normed]) == len(found[SITE]) == 11
+    torch.testing.assert_close(found[SITE].float(), expected_rows(model_with_a_sink_token), rtol=1e-2, atol=1e-2)
+
+
+def test_norms_of_several_sites_come_from_one_pass_over_the_windows(
+        model_with_a_sink_token: LlamaForCausalLM) -> None:
+    passes: list[int] = []
+    model_with_a_sink_token.register_forward_pre_hook(lambda module, args: passes.append(1))
+
+    found = measure_sites(model_with_a_sink_token, ["model.layers.0.output", SITE], WINDOWS, [0, BOS])
+
+    assert len(passes) == 1
+    alone = measure_norms(model_with_a_sink_token, SITE, WINDOWS, [0, BOS])
+    assert (found[SITE].typical_norm, found[SITE].rms_norm, found[SITE].d_in) == alone
+
+
+def test_an_activation_that_is_changed_in_place_afterwards_is_what_the_module_gave(
+        model_with_a_sink_token: LlamaForCausalLM) -> None:
+    ids = torch.tensor([[9, 10, 11]])
+    plain = model_with_a_sink_token(ids, output_hidden_states=True).hidden_states[1].clone()
+    second = model_with_a_sink_token.model.layers[1]
+    second.register_forward_pre_hook(lambda module, args: (args[0].mul_(2), *args[1:]))
+
+    found = site_activations(model_with_a_sink_token, ["model.layers.0.output", SITE], ids, torch.ones_like(ids))
+
+    assert torch.equal(found["model.layers.0.output"], plain)
+
+# --- what cannot be trained on --------------------------------------------------------------------
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused(model_with_a_sink_token: LlamaForCausalLM) -> None:
+    with pytest.raises(DataError, match=r"all 14 tokens of 4 windows are special ones \(special_ids has 40\)"):
+        measure_sites(model_with_a_sink_token, [SITE], WINDOWS, range(40))
+
+
+def test_activations_that_are_not_finite_are_refused(model_with_a_sink_token: LlamaForCausalLM) -> None:
+    model_with_a_sink_token.model.embed_tokens.weight[11] = float("nan")
+
+    with pytest.raises(DataError, match=f"{SITE} gave activations that are not finite"):
+        measure_sites(model_with_a_sink_token, [SITE], WINDOWS, [0, BOS])
+    with pytest.raises(DataError, match=f"{SITE} gave activations that are not finite"):
+        harvest(model_with_a_sink_token, {SITE: 4.0}, WINDOWS, [0, BOS])
+
+
+# --- models that lie on several devices, or are compiled ------------------------------------------
+
+
+def test_a_model_that_accelerate_off_loaded_gives_the_same_and_stays_off_loaded(
+        random_model: Any, tmp_path: Path) -> None:
+    ids = torch.arange(5, 17).reshape(2, 6)
+    expected = site_activations(random_model("Gemma2"), THREE_SIDES, ids, torch.ones_like(ids))
+    model = accelerate.disk_offload(random_model("Gemma2"), str(tmp_path), execution_device=torch.device("cpu"))
+    before = {name: p.device.type for name, p in model.named_parameters()}
+
+    found = site_activations(model, THREE_SIDES, ids, torch.ones_like(ids))
+
+    assert "meta" in before.values()
+    assert all(torch.equal(found[site], expected[site]) for site in THREE_SIDES)
+    assert {name: p.device.type for name, p in model.named_parameters()} == before
+
+
+def test_a_model_spread_over_devices_gives_the_same_rows(random_model: Any) -> None:
+    fakegpu = pytest.importorskip("fakegpu")
+    windows = [np.arange(5, 11, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
+    typical = {site: info.typical_norm
+               for site, info in measure_sites(random_model("Gemma2"), THREE_SIDES, windows, [0, 2]).items()}
+    expected = harvest(random_model("Gemma2"), typical, windows, [0, 2, 20])
+    with fakegpu.fake_gpus():
+        places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.rotary_emb", "model.norm"), "fgpu:0")
+        places |= {f"model.layers.{i}": f"fgpu:{i}" for i in range(3)}
+        model = random_model("Gemma2")
+        skipped = model._skip_keys_device_placement
+        model = accelerate.dispatch_model(model, places, main_device="fgpu:0", skip_keys=skipped)
+        ids = torch.arange(5, 11)[None]
+        found = site_activations(model, THREE_SIDES, ids, torch.ones_like(ids))
+        where = [str(x.device) for x in found.values()]
+
+        found = harvest(model, typical, windows, [0, 2, 20])
+
+    assert where == ["fgpu:2", "fgpu:1", "fgpu:1"]
+    assert all(torch.equal(found[site], expected[site]) for site in THREE_SIDES)
+
+
+def test_a_compiled_model_gives_the_same_and_stops_as_early(model_with_a_sink_token: LlamaForCausalLM) -> None:
+    ids, ran = torch.tensor([[9, 10, 11]]), []
+    expected = site_activations(model_with_a_sink_token, [SITE], ids, torch.ones_like(ids))
+    model = torch.compile(model_with_a_sink_token, backend="eager")
+    model(ids)
+    model_with_a_sink_token.model.layers[2].register_forward_pre_hook(lambda module, args: ran.append(2))
+
+    found = site_activations(model, [SITE], ids, torch.ones_like(ids))
+
+    assert torch.equal(found[SITE], expected[SITE])
+    assert ran == []
