@@ -1,90 +1,180 @@
-"""The training loop, to be read from top to bottom, and what comes before and after it.
+"""The training loop, to be read from top to bottom: several SAEs side by side on one stream of activations.
 
-Input has mean squared norm 1; decoder rows keep unit norm; the state is `sae, optimizer, step`.
+The state, all of it in a checkpoint: the step, the stream's position, and each learner's tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae_hooks.errors import CheckpointError, DataError, TrainingError
 from sae_hooks.sae import SAE
 
-from .objectives import Loss, Objective
-from .schedules import Schedule, constant
+from .learner import Learner, TrainConfig, Trainee
+from .parallel import ALONE, Parallel
+from .progress import Log, Progress
+from .schedules import cosine_warmup, linear_end
+from .sharded import load_shards, save_shards
+from .stream import Stream
 
-Report = Callable[[int, Loss], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """learning_rate: Adam's peak; schedule: its factor by step. betas: the paper's, without momentum."""
-    learning_rate: float = 1e-3
-    schedule: Schedule = constant
-    betas: tuple[float, float] = (0.0, 0.999)
-    adam_eps: float = 1e-8
+FREE = ("report_every", "checkpoint_every")  # what a training may change when it goes on
 
 
-def fresh_sae(d_in: int, d_sae: int, *, mean: Tensor, threshold: float, seed: int) -> SAE:
-    """An SAE at the start, for activations of mean squared norm 1: the same threshold for every feature.
+def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, folder: str | Path | None = None, *,
+          log: Log = lambda row: None, device: torch.device | str = "cpu", progress: bool = True,
+          parallel: Parallel = ALONE) -> dict[str, SAE]:
+    """Train every trainee on the stream's activations: {name: plain SAE for raw activations}.
 
-    Decoder rows are He-uniform, then of unit norm; the encoder is the decoder's transpose. b_dec starts at
-    mean (d_in), which b_enc takes off again, as a pre-encoder bias would.
+    With a folder, checkpoints go to folder/checkpoints and a line of JSON a report to folder/metrics.jsonl; the same
+    call goes on from the newest whole checkpoint, and on a CPU ends with the same bits as one that was never stopped.
+    Ctrl-C saves, then raises KeyboardInterrupt. log(row) gets each report, for any tracker.
+
+    Several processes, each with its `parallel` and a stream of parallel.share, on parallel.device, train together what
+    one would, but for rounding: batch_size is that of all, any number goes on from a checkpoint, one of them reports,
+    and all stop, fail and get the SAEs together. BatchTopK alone selects within each process' rows.
+
+    Raises TrainingError where a loss is not finite, the disk is full or a trainee asks for a site that the stream has
+    not, CheckpointError for the checkpoints of another training: what was saved before stays. Raises DataError where
+    the texts end early, and saves what is done.
     """
-    bound = (6 / d_in) ** 0.5
-    W_dec = torch.empty(d_sae, d_in).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    return SAE(W_dec.T.clone(), -W_dec @ mean, W_dec, mean.clone(), threshold=torch.full((d_sae,), threshold))
+    _check(config)
+    learners = _learners(stream, trainees, device, parallel)
+    place = None if folder is None else Path(folder)
+    start = _resume(place, config, stream, learners, parallel)
+    with _interruptible(place is not None, parallel) as stop, \
+            Progress(place, learners, config, start, log, progress, parallel) as bar:
+        for step in range(start, config.steps):
+            try:
+                rows = parallel.part(parallel.together(_next, stream, config.batch_size, parallel))
+            except DataError:
+                if place and step > start:
+                    _save(place, step, config, stream, learners, parallel)
+                raise
+            rate = cosine_warmup(step, config.warmup) * linear_end(step, config.steps, config.decay)
+            for learner in learners.values():
+                if step == 0:
+                    learner.start(rows)
+                bar.add(learner, learner.update(rows, step, rate), rows)
+            done = step + 1
+            parallel.together(bar.advance, done, rate)
+            stopped = parallel.any(stop.is_set())
+            if place and (stopped or done % config.checkpoint_every == 0 or done == config.steps):
+                _save(place, done, config, stream, learners, parallel)
+            if stopped:
+                raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}; saved in {place}: the same "
+                                        f"command goes on from there")
+    return {name: _described(learner, stream, config) for name, learner in learners.items()}
 
 
-def train(sae: SAE, batches: Iterable[Tensor], objective: Objective, config: TrainConfig,
-          report: Report = lambda step, loss: None) -> SAE:
-    """Minimise objective over batches (batch, d_in), in place; returns sae, with requires_grad off again.
-
-    report(step, loss) is called after each update.
-    """
-    sae.requires_grad_(True)
-    optimizer = torch.optim.Adam(sae.parameters(), betas=config.betas, eps=config.adam_eps, fused=True)
-    for step, x in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * config.schedule(step)
-        loss = objective(sae, x, step)
-        optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        project_decoder_gradient(sae)
-        optimizer.step()
-        constrain(sae)
-        report(step, loss)
-    return sae.requires_grad_(False)
+def _check(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "report_every", "checkpoint_every"):
+        if (value := getattr(config, name)) < 1:
+            raise TrainingError(f"TrainConfig: expected {name} of 1 or more, got {value}")
 
 
-@torch.no_grad()
-def project_decoder_gradient(sae: SAE) -> None:
-    """Take from each decoder row's gradient the part along the row, before Adam sees it (Gemma Scope 1,
-    3.2).
-    """
-    grad = sae.W_dec.grad
-    assert grad is not None
-    grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+def _learners(stream: Stream, trainees: Sequence[Trainee], device: torch.device | str,
+              parallel: Parallel) -> dict[str, Learner]:
+    names = [trainee.name for trainee in trainees]
+    if not names or len(set(names)) < len(names):
+        raise TrainingError(f"give one trainee or more, of different names; got {names}")
+    if taken := [name for name in names if name.startswith("_")]:
+        raise TrainingError(f"a trainee's name cannot begin with an underscore, as {taken[0]} does: a checkpoint has "
+                            "other parts with such names")
+    return {trainee.name: Learner(trainee, stream.sites, device, parallel) for trainee in trainees}
 
 
-@torch.no_grad()
-def constrain(sae: SAE) -> None:
-    """Back to unit decoder rows and thresholds >= 0, after an update."""
-    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-    if sae.threshold is not None:
-        sae.threshold.clamp_(min=0.0)
+def _next(stream: Stream, size: int, parallel: Parallel) -> dict[str, Tensor]:
+    """This process' rows of the next batch."""
+    rows, processes = stream.next(size), parallel.share[1]
+    for site, x in rows.items():
+        if len(x) * processes != size:
+            raise TrainingError(f"expected {size} / {processes} rows of {site} for each of {processes} processes, got "
+                                f"{len(x)}: give the stream share=parallel.share, and a batch_size that is a multiple")
+    return rows
 
 
-def fold_scale(sae: SAE, scale: float) -> SAE:
-    """The SAE for raw activations scale * x, given the one for x. Gemma Scope 1, appendix A.
+def _save(folder: Path, step: int, config: TrainConfig, stream: Stream, learners: Mapping[str, Learner],
+          parallel: Parallel) -> None:
+    parts: dict[str, Mapping[str, Any]] = {name: learner.state() for name, learner in learners.items()}
+    identity = {"identity": json.dumps(_identity(config, learners))}
+    parts = {**parts, "_stream": stream.state_dict(), "_training": identity}
+    save_shards(folder / "checkpoints", step, parts, parallel)
 
-    Features, thresholds and reconstruction come out scale times as large; the matrices are shared, decoder
-    rows stay of unit norm. ValueError for a TopK SAE.
-    """
-    if sae.threshold is None:
-        raise ValueError("fold_scale scales a threshold; this SAE has a TopK gate")
-    return SAE(sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale, threshold=sae.threshold * scale,
-               site=sae.site, site_out=sae.site_out, metadata=sae.metadata)
+
+def _resume(folder: Path | None, config: TrainConfig, stream: Stream, learners: Mapping[str, Learner],
+            parallel: Parallel) -> int:
+    """Load the newest checkpoint, if there is one; the steps that are done."""
+    found = load_shards(folder / "checkpoints", parallel) if folder else None
+    if found is None:
+        return 0
+    theirs, ours = json.loads(str(found.parts["_training"]["identity"])), _identity(config, learners)
+    if theirs != ours:
+        raise CheckpointError(f"{found.path} is of another training: {_differences(theirs, ours)}; take another "
+                              f"folder, or train as there")
+    place: dict[str, Any] = found.parts["_stream"]
+    parallel.together(stream.load_state_dict, place)
+    for name, learner in learners.items():
+        learner.load(found.parts[name])
+        learner.infos = stream.sites[learner.source], stream.sites[learner.target]  # as they were measured at the start
+    return found.step
+
+
+def _identity(config: TrainConfig, learners: Mapping[str, Learner]) -> dict[str, Any]:
+    """What must be the same for a training to go on: {dotted name: value}, as JSON has it."""
+    found = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    for learner in learners.values():
+        trainee = dataclasses.asdict(learner.trainee)
+        objective = trainee.pop("objective") | {"kind": type(learner.objective).__name__}
+        found |= {f"{learner.trainee.name}.{name}": value for name, value in trainee.items()}
+        found |= {f"{learner.trainee.name}.objective.{name}": value for name, value in objective.items()}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    names = [name for name in {**theirs, **ours} if theirs.get(name, "nothing") != ours.get(name, "nothing")]
+    return ", ".join(f"{name} was {theirs.get(name, 'not there')}, is {ours.get(name, 'not there')}" for name in names)
+
+
+def _described(learner: Learner, stream: Stream, config: TrainConfig) -> SAE:
+    """The finished SAE with what is known of it in its metadata."""
+    sae, trainee = learner.finished(), learner.trainee
+    fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    own = dataclasses.asdict(trainee) | {"objective": {"kind": type(learner.objective).__name__,
+                                                       **dataclasses.asdict(learner.objective)}}
+    recipe = fixed | {name: value for name, value in own.items() if name not in ("name", "site", "site_out")}
+    sae.metadata |= {"model_name": stream.model_name, "n_training_tokens": config.steps * config.batch_size,
+                     "recipe": json.loads(json.dumps(recipe))}
+    return sae
+
+
+@contextmanager
+def _interruptible(saves: bool, parallel: Parallel) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, where there is something to save; the second one interrupts as ever, but
+    not under a launcher, which hands each Ctrl-C on to processes that had it already."""
+    stop = threading.Event()
+    if not saves or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        if parallel.mesh is None:
+            signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

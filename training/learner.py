@@ -1,0 +1,312 @@
+"""One SAE in training: its tensors, its optimiser, its counts, and a step of it.
+
+Input has mean squared norm 1; what comes out works on raw activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_hooks.errors import DataError, TrainingError
+from sae_hooks.sae import SAE
+
+from .objectives import Batch, JumpReLU, Loss, Objective
+from .objectives.base import like
+from .parallel import ALONE, REPLICATED, Parallel
+from .stream import SiteInfo
+
+REMEMBER = 0.99  # of the gradients' usual length, a step
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """An SAE to be trained: where it reads, how large it is, what it minimises, and how.
+
+    site_out: what a transcoder predicts; skip: with an affine skip. learning_rate: Adam's peak. betas: the paper's,
+    without momentum. log_threshold: Adam moves the threshold's logarithm, as in the paper, which takes tens of
+    thousands of steps; else the threshold itself, held at >= 0. centre: b_dec starts at the mean activation (the paper:
+    at 0). dead_after: tokens without firing after which a feature counts as dead in reports. bf16: multiply by the
+    matrices in bfloat16 (autocast), for devices that are quicker so; weights, thresholds and comparisons stay float32.
+    clip: a tensor's gradient that is longer than so many times its usual length is shortened to that (the paper:
+    never). One token of nine times the usual norm made W_enc's eighty times as long; Adam's next steps ruined the SAE.
+    """
+
+    name: str
+    site: str
+    d_sae: int
+    objective: Objective = field(default_factory=lambda: JumpReLU(l0=60))
+    site_out: str | None = None
+    skip: bool = False
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.0, 0.999)
+    adam_eps: float = 1e-8
+    log_threshold: bool = False
+    centre: bool = True
+    dead_after: int = 1_000_000
+    bf16: bool = False
+    clip: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and in what steps. batch_size: tokens a step. warmup: steps in which the learning rate rises from a
+    tenth, along a cosine; decay: share of the steps, at the end, in which it falls linearly to 0. report_every,
+    checkpoint_every: steps."""
+
+    steps: int
+    batch_size: int = 4096
+    warmup: int = 1000
+    decay: float = 0.0
+    report_every: int = 100
+    checkpoint_every: int = 1000
+
+
+def fresh_sae(d_in: int, d_sae: int, d_out: int, gate: Mapping[str, Any], *, tied: bool, skip: bool, seed: int) -> SAE:
+    """An SAE at the start, Gemma Scope 1, 3.2: decoder rows He-uniform, then of unit norm; the encoder is the decoder's
+    transpose if tied (transcoders: unit columns of their own); biases and skip zero."""
+    g = torch.Generator().manual_seed(seed)
+    W_dec = _unit_rows(d_sae, d_out, g)
+    W_enc = W_dec.T.clone() if tied else _unit_rows(d_sae, d_in, g).T
+    return SAE(W_enc, torch.zeros(d_sae), W_dec, torch.zeros(d_out), **gate,
+               W_skip=torch.zeros(d_in, d_out) if skip else None)
+
+
+def _unit_rows(n: int, width: int, g: torch.Generator) -> Tensor:
+    bound = (6 / width) ** 0.5
+    rows = torch.empty(n, width).uniform_(-bound, bound, generator=g)
+    rows /= rows.norm(dim=1, keepdim=True)
+    return rows
+
+
+class Learner:
+    """A trainee on its way. `sae` has requires_grad on what is trained; `extra` are the objective's own tensors."""
+
+    def __init__(self, trainee: Trainee, sites: Mapping[str, SiteInfo], device: torch.device | str = "cpu",
+                 parallel: Parallel = ALONE) -> None:
+        self.trainee, self.objective, self.parallel = trainee, trainee.objective, parallel
+        parallel.check_features(trainee.name, trainee.d_sae, self.objective.shardable)
+        self.source, self.target = trainee.site, trainee.site_out or trainee.site
+        missing = [site for site in (self.source, self.target) if site not in sites]
+        if missing:
+            raise TrainingError(f"{trainee.name}: no activations of {missing[0]}; there are {', '.join(sites)}")
+        self.infos = sites[self.source], sites[self.target]
+        crosses = self.source != self.target
+        sae = fresh_sae(self.infos[0].d_in, trainee.d_sae, self.infos[1].d_in, self.objective.gate(trainee.d_sae),
+                        tied=not crosses, skip=trainee.skip, seed=trainee.seed)
+        self.sae = like(sae, **{name: parallel.local(name, t) for name, t in tensors(sae).items()}).to(device)
+        self.extra = {name: t.to(device) for name, t in self.objective.extra(self.sae).items()}
+        self.idle = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
+        self.trained = self._trained()
+        self.usual = torch.zeros(len(self._leaves()), device=device)  # lengths of the gradients
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=trainee.learning_rate, betas=trainee.betas,
+                                          eps=trainee.adam_eps, fused=True)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """{name: leaf} of what Adam moves."""
+        names = [*self.objective.trained, *(["W_skip"] if self.sae.W_skip is not None else [])]
+        leaves: dict[str, Tensor] = {name: getattr(self.sae, name).requires_grad_() for name in names}
+        leaves |= {name: t for name, t in self.extra.items() if t.requires_grad}
+        if self.trainee.log_threshold and "threshold" in leaves:
+            del leaves["threshold"]
+            assert self.sae.threshold is not None
+            leaves["log_threshold"] = self.sae.threshold.detach().log().requires_grad_()
+        return leaves
+
+    @torch.no_grad()
+    def start(self, rows: Mapping[str, Tensor]) -> None:
+        """Before the first step, by its batch: b_dec to the target's mean, which the encoder takes off again; whatever
+        the objective wants."""
+        rows = {site: self.parallel.whole_batch(x) for site, x in rows.items()}
+        sae, extra = self._whole()
+        if self.trainee.centre:
+            sae.b_dec.copy_(rows[self.target].mean(0))
+            if not self.objective.pre_bias:
+                sae.b_enc.copy_(-rows[self.source].mean(0) @ sae.W_enc)
+            if "b_mag" in extra:
+                extra["b_mag"].copy_(sae.b_enc)
+        self.objective.start(sae, rows[self.source])
+        for name, t in tensors(self.sae).items():
+            t.copy_(self.parallel.local(name, getattr(sae, name)))
+        for name, t in self.extra.items():
+            t.copy_(self.parallel.local(name, extra[name]))
+        if "log_threshold" in self.trained:
+            assert self.sae.threshold is not None
+            if not bool((self.sae.threshold > 0).all()):
+                raise TrainingError(f"{self.trainee.name}: a threshold of 0 has no logarithm; give the objective a "
+                                    f"threshold above 0 or an l0 well below {self.sae.d_sae}, or no log_threshold")
+            self.trained["log_threshold"].copy_(self.sae.threshold.log())
+
+    def _whole(self) -> tuple[SAE, dict[str, Tensor]]:
+        """(SAE, extra tensors) with the features of all processes; in the learner's own memory if it has them all."""
+        whole = self.parallel.whole
+        sae = like(self.sae, **{name: whole(name, t) for name, t in tensors(self.sae).items()})
+        return sae, {name: whole(name, t) for name, t in self.extra.items()}
+
+    def update(self, rows: Mapping[str, Tensor], step: int, rate: float) -> Loss:
+        """One step of Adam on rows {site: (batch, d)}, at `rate` times the learning rate. Raises TrainingError, with
+        nothing changed, where the loss is not finite."""
+        batch = Batch(x=rows[self.source], target=rows[self.target], step=step, idle=self.idle,
+                      over_shards=self.parallel.over_shards, over_batches=self.parallel.over_batches,
+                      first_feature=self.parallel.shard * self.sae.d_sae)
+        with torch.autocast(self.sae.device.type, torch.bfloat16, enabled=self.trainee.bf16):
+            loss = self._agreed(self.objective(self.sae, batch, self.extra))
+        if not bool(torch.isfinite(loss.total)):
+            raise self._complaint(loss, rows, step)
+        self.optimizer.zero_grad()
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        self.parallel.reduce_gradients(self._leaves())
+        self._clip()
+        self.optimizer.param_groups[0]["lr"] = self.trainee.learning_rate * rate
+        self._before_step()
+        self.optimizer.step()
+        self._after_step()
+        self.extra.update(loss.state)
+        self.idle += len(batch.x) * self.parallel.batches
+        self.idle[loss.fired > 0] = 0
+        return loss
+
+    def _agreed(self, loss: Loss) -> Loss:
+        """The loss of the whole batch, that is, with the numbers of all processes; backward goes from this one's."""
+        if self.parallel.mesh is None:
+            return loss
+        total, error, l0 = self.parallel.mean(torch.stack([loss.total.detach(), loss.reconstruction, loss.l0]))
+        return replace(loss, total=loss.total + (total - loss.total.detach()), reconstruction=error, l0=l0,
+                       fired=self.parallel.sum_over_batches(loss.fired))
+
+    def _leaves(self) -> dict[str, Tensor]:
+        """{name: leaf} of what backward gives a gradient to."""
+        threshold = self.sae.threshold
+        return {name: t for name, t in self.trained.items() if name != "log_threshold"} | (
+            {"threshold": threshold} if "log_threshold" in self.trained and threshold is not None else {})
+
+    def _complaint(self, loss: Loss, rows: Mapping[str, Tensor], step: int) -> TrainingError:
+        """Why the loss is not finite."""
+        for site in (self.source, self.target):
+            if bad := int((~rows[site].isfinite()).any(1).sum()):
+                return DataError(f"{bad} of {len(rows[site])} activations of {site} at step {step} are not finite; "
+                                 "harvest them again, with the model in bfloat16 or float32")
+        return TrainingError(f"{self.trainee.name}: the loss is {float(loss.total.detach())} at step {step} "
+                             f"(reconstruction {float(loss.reconstruction):.3g}, L0 {float(loss.l0):.3g}); lower the "
+                             f"learning rate ({self.trainee.learning_rate:g})")
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Keep count of each gradient's usual length, and shorten those that are much longer."""
+        if self.trainee.clip is None:
+            return
+        gradients = {name: t.grad for name, t in self._leaves().items() if t.grad is not None}
+        squares = torch.stack([grad.square().sum() for grad in gradients.values()])
+        split = torch.tensor([name not in REPLICATED for name in gradients], device=squares.device)
+        lengths = (self.parallel.over_shards(squares * split) + squares * ~split).sqrt()
+        first = self.usual == 0
+        kept = torch.where(first, lengths, torch.minimum(lengths, self.trainee.clip * self.usual))
+        for grad, factor in zip(gradients.values(), kept / lengths.clamp(min=1e-30), strict=True):
+            grad *= factor
+        self.usual += torch.where(first, 1.0, 1 - REMEMBER) * (kept - self.usual)
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        if self.objective.unit_decoder:
+            project_decoder_gradient(self.sae)
+        if "log_threshold" in self.trained:
+            assert self.sae.threshold is not None
+            assert self.sae.threshold.grad is not None
+            self.trained["log_threshold"].grad = self.sae.threshold.grad * self.sae.threshold
+            self.sae.threshold.grad = None
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self.objective.unit_decoder:
+            self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        if self.sae.threshold is not None:
+            if "log_threshold" in self.trained:
+                self.sae.threshold.copy_(self.trained["log_threshold"].exp())
+            self.sae.threshold.clamp_(min=0.0)
+
+    def dead(self) -> float:
+        """Share of features that fired on none of the last `dead_after` tokens."""
+        dead = self.parallel.over_shards((self.idle > self.trainee.dead_after).double().sum())
+        return float(dead / self.trainee.d_sae)
+
+    @torch.no_grad()
+    def finished(self) -> SAE:
+        """The plain SAE for raw activations, on the CPU; the learner is left as it is. TrainingError if it diverged."""
+        self._check_finite()
+        sae = self.objective.finish(*self._whole())
+        sae = fold_scale(sae, self.infos[0].rms_norm, self.infos[1].rms_norm).cpu()
+        copied = {name: t.clone() for name, t in tensors(sae).items()}
+        metadata = {"typical_norm": self.infos[0].typical_norm}
+        return like(sae, **copied, site=self.source, site_out=self.target, metadata=metadata)
+
+    def state(self) -> dict[str, Tensor | int | float | str | bool | None]:
+        """Everything that the next update depends on, as tensors by name. TrainingError if it diverged."""
+        self._check_finite()
+        found: dict[str, Any] = dict(tensors(self.sae))
+        found |= {f"extra.{name}": t.detach() for name, t in self.extra.items()} | {"idle": self.idle}
+        found["usual"] = self.usual
+        if "log_threshold" in self.trained:
+            found["log_threshold"] = self.trained["log_threshold"].detach()
+        for name, leaf in self.trained.items():
+            found |= {f"adam.{name}.{key}": t for key, t in self.optimizer.state[leaf].items()}
+        return found
+
+    def _check_finite(self) -> None:
+        bad = [name for name, t in self.trained.items() if self.parallel.any(not bool(t.isfinite().all()))]
+        if bad:
+            raise TrainingError(f"{self.trainee.name}: {', '.join(bad)} became infinite or not a number; lower the "
+                                f"learning rate ({self.trainee.learning_rate:g})")
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state that `state` gave, bit for bit."""
+        for name in TENSORS:
+            if (t := getattr(self.sae, name)) is not None:
+                t.copy_(state[name])
+        for name, t in self.extra.items():
+            t.copy_(state[f"extra.{name}"])
+        self.idle.copy_(state["idle"])
+        self.usual.copy_(state["usual"])
+        for name, leaf in self.trained.items():
+            if name == "log_threshold":
+                leaf.copy_(state[name])
+            if f"adam.{name}.step" in state:
+                self.optimizer.state[leaf] = {
+                    "step": state[f"adam.{name}.step"].to(leaf.device),
+                    "exp_avg": torch.zeros_like(leaf).copy_(state[f"adam.{name}.exp_avg"]),
+                    "exp_avg_sq": torch.zeros_like(leaf).copy_(state[f"adam.{name}.exp_avg_sq"])}
+
+
+def tensors(sae: SAE) -> dict[str, Tensor]:
+    """{name: tensor} of those that the SAE has, without a copy."""
+    return {name: t.detach() for name in TENSORS if (t := getattr(sae, name)) is not None}
+
+
+def project_decoder_gradient(sae: SAE) -> None:
+    """Take from each decoder row's gradient the part along the row, before Adam sees it (Gemma Scope 1, 3.2)."""
+    grad = sae.W_dec.grad
+    assert grad is not None
+    grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+
+
+def fold_scale(sae: SAE, scale: float, scale_out: float | None = None) -> SAE:
+    """The SAE for raw activations scale * x, given the one for x. Gemma Scope 1, appendix A.
+
+    A transcoder's output grows by scale_out. Features and thresholds come out in the output's units, decoder rows as
+    they were.
+    """
+    out = scale if scale_out is None else scale_out
+    changed = {"b_enc": sae.b_enc * out, "b_dec": sae.b_dec * out}
+    if out != scale:
+        changed["W_enc"] = sae.W_enc * (out / scale)
+    if sae.threshold is not None:
+        changed["threshold"] = sae.threshold * out
+    if sae.W_skip is not None:
+        changed["W_skip"] = sae.W_skip * (out / scale)
+    return like(sae, **changed)
