@@ -1,123 +1,198 @@
 """How good an SAE is: sparsity, reconstruction, and what the model loses when it lives on the reconstruction.
 
-Protocol of arXiv 2407.14435 and Gemma Scope 1 (3.3); special tokens, padding and attention sinks are never
-replaced.
+Protocol of arXiv 2407.14435 and Gemma Scope 1 (arXiv 2408.05147, 3.3): special tokens, padding and attention sinks
+are never replaced, and only predictions from the other, ordinary, positions count. The SAE is attached as anybody
+attaches it, so every site, transcoder, dtype and device_map that can be hooked can be evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_hooks.check import Statistics
+from sae_hooks.attach import attach_saes, detach_saes
+from sae_hooks.errors import DataError, SaeAttachError
+from sae_hooks.measure import Group, Measurement, Trial, grouped, measure, ratio
 from sae_hooks.sae import SAE
-from sae_hooks.sites import read, resolve, write
+from sae_hooks.saes import Saes
 
-from .harvest import ordinary
+from .attribution import Uniformity, own_gradients
 
-Change = Callable[[Tensor], Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+LOWEST, PER_DECADE = -8, 10  # of the histogram: a feature that fires once in 10^8 tokens, and fine enough to merge
+
+
+@dataclass(frozen=True)
+class FrequencyHistogram:
+    """How many features fire how often: counts of log10 frequency from -8 to 0 in bins of 0.1, and how many never do.
+
+    What is rarer than the first bin is counted in it.
+    """
+
+    counts: tuple[int, ...]
+    dead: int
+
+    @classmethod
+    def of(cls, frequencies: Tensor) -> FrequencyHistogram:
+        """Of shares of tokens (d_sae), each from 0 to 1."""
+        alive = frequencies[frequencies > 0].double().cpu()
+        bins = -LOWEST * PER_DECADE
+        place = ((alive.log10() - LOWEST) * PER_DECADE + 1e-9).floor().long().clamp(0, bins - 1)
+        return cls(tuple(torch.bincount(place, minlength=bins).tolist()), len(frequencies) - len(alive))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `evaluate` measured. Losses are in nats per token.
+    """What `evaluate` measured.
 
-    l0: mean number of features active on a token. fvu: mean squared error over the mean squared distance to
-    the mean activation, a ratio of dataset means. dead: share of features that fired on none of the tokens.
+    tokens: ordinary positions, the ones that were replaced. predictions: those from them, which the losses are means
+    of, in nats a prediction: loss_clean of the model as it is, loss_spliced and loss_zero with x_hat and with zeros
+    in place of x. l0: mean number of features active on a token. fvu: mean squared error over the mean squared
+    distance to the mean activation, a ratio of dataset means. gamma: relative reconstruction bias E|x_hat|^2 /
+    E[x_hat . x] (arXiv 2404.16014 eq. 9-10), below 1 for shrinkage. cosine: of x and x_hat, mean over tokens. For a
+    transcoder, x in these is what it should write. dead, over_1_percent, over_10_percent: shares of the features that
+    fired on no token, on more than 1 % and more than 10 % of them. uniformity: of the active features' importance
+    (attribution.py), None if not asked for. text: SHA-256 of the token ids, for telling whether two evaluations are
+    of the same text. frequencies (d_sae), float64: share of the tokens on which each feature fired.
     """
 
     tokens: int
+    predictions: int
     l0: float
     fvu: float
+    gamma: float
+    cosine: float
     dead: float
+    over_1_percent: float
+    over_10_percent: float
     loss_clean: float
     loss_spliced: float
     loss_zero: float
+    uniformity: float | None = None
+    text: str = ""
+    frequencies: Tensor = field(repr=False, compare=False)
 
     @property
     def delta_loss(self) -> float:
-        """Nats per token that splicing costs: the paper's first measure."""
+        """Nats a prediction that splicing costs: the paper's first measure."""
         return self.loss_spliced - self.loss_clean
 
     @property
     def loss_recovered(self) -> float:
         """1 where splicing costs nothing, 0 where it costs what zeros cost (arXiv 2404.16014, 2.3)."""
-        return (self.loss_zero - self.loss_spliced) / (self.loss_zero - self.loss_clean)
+        return ratio(self.loss_zero - self.loss_spliced, self.loss_zero - self.loss_clean)
+
+    @property
+    def histogram(self) -> FrequencyHistogram:
+        """The frequencies, binned."""
+        return FrequencyHistogram.of(self.frequencies)
+
+    def scalars(self) -> dict[str, float | int | None]:
+        """All numbers by name, always in the same order; without text and frequencies."""
+        plain = [f.name for f in fields(self) if f.name not in ("text", "frequencies")]
+        return {name: getattr(self, name) for name in [*plain, "delta_loss", "loss_recovered"]}
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, sae: SAE, batches: Iterable[tuple[Tensor, Tensor]],
-             special_ids: Sequence[int] = ()) -> Evaluation:
-    """Measure sae at its site in model over batches of (input_ids, attention_mask), each (batch, length).
+def evaluate(model: nn.Module, sae: SAE, batches: Batches, special_ids: Sequence[int] = (), *,
+             uniformity_positions: int = 0) -> Evaluation:
+    """Measure one SAE at its own site in model; see `evaluate_all`."""
+    return evaluate_all(model, {"sae": sae}, batches, special_ids, uniformity_positions=uniformity_positions)["sae"]
 
-    Three forward passes a batch: clean, spliced, zero-ablated. Losses are means over the predictions made
-    from ordinary positions, the only ones that are replaced. The model is left as it was. Needs
-    metadata["typical_norm"].
+
+@torch.inference_mode(False)  # else nothing of it could take part in the backward passes of the uniformity
+@torch.no_grad()
+def evaluate_all(model: nn.Module, saes: Mapping[str, SAE], batches: Batches, special_ids: Sequence[int] = (), *,
+                 uniformity_positions: int = 0) -> dict[str, Evaluation]:
+    """Measure SAEs, each at its own site in model, on the same batches of (input_ids, attention_mask), each (batch,
+    length), on any device: {name: Evaluation}, in the order given.
+
+    Costs a clean forward pass a batch, a zero-ablated one for each site, a spliced one for each SAE. special_ids: ids
+    that are left alone, besides the BOS, EOS and padding that the model's configs name. Attention sinks are told by
+    metadata["typical_norm"], and are replaced like other tokens where an SAE has none. uniformity_positions: in how
+    many positions of each window to measure the uniformity of attribution, a backward pass each (Evaluation's
+    `uniformity`); 0 leaves it out. SAEs are used where they are or, if the site is on another device, as a copy
+    there until the end.
+
+    The model is left as it was, also after an error, and runs in eval mode. Raises SaeAttachError if SAEs are attached
+    to it already, what attach_saes raises, DataError if the batches have no prediction to count.
     """
-    assert sae.site is not None
-    stats = Statistics()
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    for ids, mask in batches:
-        splice = _Splice(sae, stats, ids, mask, special_ids)
-        losses = [token_losses(model, sae.site, ids, mask, change) for change in (None, splice, splice.zero)]
-        counted = splice.where[:, :-1] & mask[:, 1:].bool()
-        sums += torch.stack([loss[counted].double().sum() for loss in losses])
-        count += int(counted.sum())
-    clean, spliced, zero = (sums / count).tolist()
-    return Evaluation(tokens=stats.n, l0=stats.l0, fvu=stats.fvu, dead=stats.dead, loss_clean=clean,
-                      loss_spliced=spliced, loss_zero=zero)
+    if not saes:
+        return {}
+    uniformity = {name: Uniformity() for name in saes}
+    text = hashlib.sha256()
+    with _attached(model, saes, special_ids) as attached:
+        measurements = {name: Measurement(attached._slots[name]) for name in saes}
+        groups = grouped(list(measurements.values()), model)
+        for ids, mask in batches:
+            _take_text(text, ids, mask)
+            device = _input_device(model) or ids.device
+            trial = Trial(model, attached._runtime, ids.to(device), mask.to(device))
+            measure(trial, groups)
+            if uniformity_positions:
+                _attribute(trial, groups, uniformity, uniformity_positions)
+    empty = [name for name, m in measurements.items() if not m.predictions]
+    if empty:
+        raise DataError("nothing to measure: the batches have no token that is neither special, padding nor an "
+                        f"attention sink and has a next token (for {', '.join(empty)})")
+    return {name: _evaluation(m, uniformity[name], text.hexdigest()) for name, m in measurements.items()}
 
 
-class _Splice:
-    """Replaces one batch's ordinary positions by their reconstruction, counted in stats, then by zeros."""
-
-    where: Tensor
-
-    def __init__(self, sae: SAE, stats: Statistics, ids: Tensor, mask: Tensor,
-                 special_ids: Sequence[int]) -> None:
-        self.sae, self.stats, self.ids, self.mask, self.special_ids = sae, stats, ids, mask, special_ids
-
-    def __call__(self, x: Tensor) -> Tensor:
-        typical = float(self.sae.metadata["typical_norm"])
-        self.where = ordinary(x, self.ids, self.mask, self.special_ids, typical)
-        rows = x[self.where].float()
-        return replaced(x, self.where, self.stats.update(self.sae, rows, rows))
-
-    def zero(self, x: Tensor) -> Tensor:
-        return replaced(x, self.where, torch.zeros(()))
+def _evaluation(m: Measurement, uniformity: Uniformity, text: str) -> Evaluation:
+    s = m.statistics
+    over = {limit: float((s.frequencies > limit).double().mean()) for limit in (0.01, 0.1)}
+    return Evaluation(
+        tokens=s.n, predictions=m.predictions, l0=s.l0, fvu=s.fvu, gamma=s.gamma, cosine=s.cosine, dead=s.dead,
+        over_1_percent=over[0.01], over_10_percent=over[0.1], loss_clean=m.loss_clean, loss_spliced=m.loss_spliced,
+        loss_zero=m.loss_zero, uniformity=uniformity.mean if uniformity.tokens else None, text=text,
+        frequencies=s.frequencies)
 
 
-def replaced(x: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x (batch, length, d) with rows (n, d) at the n positions of the mask where (batch,
-    length).
-    """
-    out = x.clone()
-    out[where] = rows.to(x.dtype)
-    return out
+def _attribute(trial: Trial, groups: Iterable[Group], uniformity: Mapping[str, Uniformity], positions: int) -> None:
+    """Take a trial into the uniformities, by the names of the slots; the SAEs of a group share the gradients."""
+    for group in groups:
+        x, gradient = own_gradients(trial, group, positions)
+        for m in group.members:
+            uniformity[m.slot.name].update(m.slot.on(x.device), x, gradient)
 
 
-def token_losses(model: nn.Module, site: str, ids: Tensor, mask: Tensor,
-                 change: Change | None = None) -> Tensor:
-    """Cross-entropy (batch, length - 1), in nats, of each next token; see `with_change`."""
-    logits = with_change(model, site, ids, mask, change)
-    targets = ids[:, 1:]
-    flat = logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
-
-
-def with_change(model: nn.Module, site: str, ids: Tensor, mask: Tensor, change: Change | None) -> Tensor:
-    """Logits (batch, length, vocabulary) with change, if any, acting on what an `.output` site gives."""
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return write(output, change(read(output, site)), site) if change else None
-
-    handle = resolve(model, site).module.register_forward_hook(hook)
+@contextmanager
+def _attached(model: nn.Module, saes: Mapping[str, SAE], special_ids: Iterable[int]) -> Iterator[Saes]:
+    """The model in eval mode with the SAEs attached under their names, for as long as the block lasts."""
+    present = getattr(model, "saes", None)
+    if isinstance(present, Saes) and len(present):
+        raise SaeAttachError(
+            f"SAEs are attached to this {type(model).__name__}: {', '.join(present)}; evaluate attaches those that it "
+            "measures itself, so call detach_saes(model) first")
+    training = [module for module in model.modules() if module.training]
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        model.eval()
+        for name, sae in saes.items():
+            attach_saes(model, sae, name=name)
+        attached: Saes = model.saes  # type: ignore[assignment]
+        attached.special_ids = attached.special_ids | set(special_ids)
+        yield attached
     finally:
-        handle.remove()
-    return logits
+        detach_saes(model)
+        for module in training:
+            module.training = True
+
+
+def _take_text(text: hashlib._Hash, ids: Tensor, mask: Tensor) -> None:
+    """Hash each row's tokens, without padding; how rows are batched and padded makes no difference."""
+    for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True):
+        kept = row[keep].long().numpy()
+        text.update(len(kept).to_bytes(8, "little") + kept.astype("<i8").tobytes())
+
+
+def _input_device(model: nn.Module) -> torch.device | None:
+    """Where the model wants its token ids; None where its embedding does not tell (offloaded, or not to be found)."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if find else None, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else None
