@@ -1,0 +1,72 @@
+"""A folder of SAEs onto the Hub: weights, configs, card, report and pictures in one commit; no checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_hooks.errors import SaeFormatError
+from sae_hooks.hub import SaeFile, list_saes
+from sae_hooks.hub.failures import hub_errors, persist
+from sae_hooks.hub.sources import open_source
+
+from .card import CARD, REPORT, make_card
+
+PLOTS = "plots"
+PICTURES = (".png", ".svg")
+
+
+def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, licence: str | None = None,
+                token: str | None = None) -> str:
+    """Upload the SAEs in folder and below it, as one commit; returns its address. Makes the repository if needed.
+
+    Every SAE is read and checked first. The card is folder/README.md if there is one, with repo_id in its usage lines
+    and, if given, the licence in its header; else it is made. All or nothing, and tried again after a lost answer.
+    Raises SaeNotFoundError, SaeFormatError for an SAE of another format than ours, SaeDownloadError (no rights, Hub
+    down) with the client's error as cause.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in _published(folder)}
+    card = _card(folder, repo_id, licence)
+    api = HfApi(token=token)
+    with hub_errors(f"pushing to {repo_id}", repo_id):
+        persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        return persist(lambda: _commit(api, repo_id, files, card))
+
+
+def _published(folder: Path) -> list[Path]:
+    """The files that go up; each SAE has been loaded once."""
+    found, source = [], open_source(folder)
+    for entry in list_saes(folder):
+        where = folder / entry.weights
+        if entry.dialect != "saelens" or entry.config is None:
+            raise SaeFormatError(f"{where} is in the format of {entry.dialect}; write it as ours first: sae-hooks "
+                                 f"convert {folder} NEW-FOLDER")
+        SaeFile(entry, str(where), source).load()
+        found += [where, folder / entry.config]
+    pictures = [path for path in (folder / PLOTS).glob("*") if path.suffix in PICTURES]
+    return [*found, *(path for path in (folder / REPORT,) if path.exists()), *sorted(pictures)]
+
+
+def _card(folder: Path, repo_id: str, licence: str | None) -> str:
+    if not (folder / CARD).exists():
+        return make_card(folder, source=repo_id, licence=licence)
+    text = (folder / CARD).read_text(encoding="utf-8")
+    here = f"attach_saes(model, {json.dumps(folder.resolve().name)}"
+    text = text.replace(here, f"attach_saes(model, {json.dumps(repo_id)}")
+    if licence is not None:
+        text = re.sub(r"\A(---\n(?:(?!---).*\n)*?)license: .*\n", rf"\1license: {json.dumps(licence)}\n", text)
+    return text
+
+
+def _commit(api: Any, repo_id: str, files: Mapping[str, Path], card: str) -> str:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+    return str(api.create_commit(repo_id, operations, commit_message="Upload SAEs with sae_hooks").commit_url)
