@@ -31,7 +31,7 @@ pytest: $(READY)  ## the tests alone; TESTS=... picks some, JOBS=0 runs them in 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10 $(TESTS)
 
 bench: $(READY)  ## what hooks and edits cost, as ratios beside a bare hook
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for name in hook_cost compare_saelens; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 wheel: $(READY)  ## the sdist and, built from it, the wheel, in dist/
 	rm -rf build dist

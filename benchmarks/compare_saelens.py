@@ -1,6 +1,7 @@
 """SAELens and sae_hooks on the same files: do they compute the same features and reconstructions?
 
     python benchmarks/compare_saelens.py [--env FOLDER]   # makes SAELens' own environment on the first run (2 GB)
+    python benchmarks/compare_saelens.py --saes FOLDER    # SAEs that sae_hooks trained instead, a folder each in FOLDER
 
 or run it with an interpreter that has sae_lens and what sae_hooks needs.
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,11 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", type=Path, default=Path(tempfile.gettempdir()) / "sae_hooks-saelens",
                         help="folder for SAELens' environment, made if sae_lens cannot be imported")
-    env = parser.parse_args().env
+    parser.add_argument("--saes", type=Path, help="folder of trained SAEs, as the runs/ of benchmarks/pareto.py")
+    args = parser.parse_args()
     if importlib.util.find_spec("sae_lens") is None:
-        sys.exit(subprocess.run([_interpreter(env), __file__], check=False).returncode)
+        command = [_interpreter(args.env), __file__, *(["--saes", args.saes] if args.saes else [])]
+        sys.exit(subprocess.run(command, check=False).returncode)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    compare()
+    compare(args.saes)
 
 
 def _interpreter(env: Path) -> Path:
@@ -48,17 +52,18 @@ def _interpreter(env: Path) -> Path:
     return python
 
 
-def compare() -> None:
+def compare(saes: Path | None) -> None:
     import loopback  # before huggingface_hub
     import torch
 
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    print(_header())
+    print(_header(), "" if saes else f"{WIDTH} features, ", "float32", sep="")
     print(f"{'what':58} {'L0':>6} {'encode':>9} {'decode':>9} {'differ':>7}  site")
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            for case in (*published(loopback.HUB), *ours(Path(temporary)), *theirs(Path(temporary))):
+            made = (published(loopback.HUB), ours(Path(temporary)), theirs(Path(temporary)))
+            for case in chain(*made) if saes is None else trained(saes):
                 print(_row(*case), flush=True)
     finally:
         loopback.stop()
@@ -180,6 +185,19 @@ def ours(folder):
         yield "written by sae_hooks: the demo's, for SmolLM2-135M", Peer.load_from_disk(demo), mine, x
 
 
+def trained(folder):
+    """(name, SAELens' SAE, ours, activations) for each SAE in a folder, on activations of the norm that it knows."""
+    import torch
+    from sae_lens import SAE as Peer
+
+    from sae_hooks.hub import load_sae
+
+    for path in sorted(config.parent for config in folder.glob("*/cfg.json")):
+        mine = load_sae(path).float()
+        x = torch.randn(TOKENS, mine.d_in) * mine.metadata["typical_norm"] / mine.d_in**0.5 + mine.b_dec
+        yield path.name, Peer.load_from_disk(path), mine, x
+
+
 # --- folders that SAELens wrote, read by sae_hooks -----------------------------------------------------------
 
 def theirs(folder):
@@ -252,7 +270,7 @@ def _header():
 
     cpu = f"{os.cpu_count()}-core {'AVX2' if 'avx2' in _cpu_flags() else ''} CPU".replace("  ", " ")
     return (f"SAELens {sae_lens.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"Python {platform.python_version()}, {cpu}; {TOKENS} random tokens, {WIDTH} features, float32")
+            f"Python {platform.python_version()}, {cpu}; {TOKENS} random tokens, ")
 
 
 def _cpu_flags():

@@ -5,15 +5,13 @@
 Each line of the files is {"text": ..., "domain": ...}. A harvest that was cut off goes on with the same
 command; more processes help with `--worker 1/2` (and 0/2 for this one), each harvesting its share. Afterwards
 `--contexts 8` prints where the features of the SAE in --out fire most, from which its labels.json is written
-by hand, and writes features.json and the card anew.
+by hand, and writes features.json and the card anew. A training that was cut off, too, goes on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +25,20 @@ from tqdm import tqdm
 from sae_hooks.hub import load_sae
 from sae_hooks.sae import SAE
 from sae_hooks.training import (
+    CachedStream,
     Evaluation,
-    HarvestInfo,
-    JumpReLUObjective,
-    Loss,
-    Shards,
+    JumpReLU,
     TrainConfig,
+    Trainee,
     context_windows,
+    documents,
     evaluate,
-    fold_scale,
-    fresh_sae,
-    measure_norms,
+    harvest_infos,
     padded_batches,
-    read_info,
     top_contexts,
     train,
     write_shards,
 )
-from sae_hooks.training.schedules import cosine_warmup, linear_end, linear_warmup, product
 
 WINDOWS_PER_SHARD = 128
 PATHS = ("text", "held_out", "cache", "out", "worker", "contexts")  # arguments that don't decide the numbers
@@ -58,13 +52,12 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder of the SAE")
     p.add_argument("--layer", type=int, default=15)
     p.add_argument("--d-sae", type=int, default=8192)
-    p.add_argument("--tokens", type=int, default=2_000_000, help="distinct tokens to train on")
-    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--tokens", type=int, default=2_700_000, help="distinct tokens to train on")
+    p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--batch-size", type=int, default=1024)
     p.add_argument("--learning-rate", type=float, default=1e-3)
-    p.add_argument("--sparsity", type=float, default=0.0012, help="squared error that a feature must buy")
+    p.add_argument("--l0", type=float, default=27.0, help="features active on a token")
     p.add_argument("--bandwidth", type=float, default=0.03, help="of the kernel, at unit mean square")
-    p.add_argument("--threshold", type=float, default=0.03, help="at the start, at unit mean square")
     p.add_argument("--window", type=int, default=256, help="tokens of context")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--held-out-windows", type=int, default=240)
@@ -85,14 +78,8 @@ def main() -> None:
         ship(args, sae, measured(args, model, tokenizer, sae))
 
 
-def texts(path: Path) -> list[str]:
-    """The texts of a .jsonl or .jsonl.xz file."""
-    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    return [json.loads(line)["text"] for line in data.decode().splitlines()]
-
-
 def windows_of(path: Path, args: argparse.Namespace, tokenizer: Any) -> list[Any]:
-    ids = tokenizer(texts(path), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(list(documents(path)), add_special_tokens=False)["input_ids"]
     return context_windows(ids, args.window, args.seed)
 
 
@@ -109,10 +96,11 @@ def harvest(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) ->
     """Fill the cache with this worker's share of args.tokens."""
     worker, workers = map(int, args.worker.split("/"))
     windows, special = windows_of(args.text, args, tokenizer), tokenizer.all_special_ids
-    info = harvest_info(args, model, windows, special)
     windows = windows[:windows_wanted(args, windows)]
+    infos = harvest_infos(model, args.cache, [site_of(args)], windows, special, model_name=MODEL_NAME,
+                          window=args.window, seed=args.seed, windows_per_shard=WINDOWS_PER_SHARD)
     with tqdm(desc="harvest", unit=" tokens", total=args.tokens // workers) as bar:
-        for tokens in write_shards(model, args.cache, [info], windows, special, worker=worker,
+        for tokens in write_shards(model, args.cache, infos, windows, special, worker=worker,
                                    workers=workers, windows_per_shard=WINDOWS_PER_SHARD):
             bar.update(tokens)
 
@@ -123,45 +111,17 @@ def windows_wanted(args: argparse.Namespace, windows: list[Any]) -> int:
     return (enough // WINDOWS_PER_SHARD + 1) * WINDOWS_PER_SHARD
 
 
-def harvest_info(args: argparse.Namespace, model: torch.nn.Module, windows: list[Any],
-                 special: list[int]) -> HarvestInfo:
-    """What the cache says of itself, or will say."""
-    if (args.cache / site_of(args) / "harvest.json").exists():
-        return read_info(args.cache / site_of(args))
-    typical, rms, d_in = measure_norms(model, site_of(args), windows[:64], special)
-    return HarvestInfo(site=site_of(args), model_name=MODEL_NAME, typical_norm=typical, rms_norm=rms,
-                       d_in=d_in, window=args.window, seed=args.seed)
-
-
 def trained(args: argparse.Namespace) -> SAE:
     """The SAE for raw activations, with its metadata, from the activations in the cache."""
-    shards = Shards(args.cache / site_of(args), args.tokens)
-    total = len(shards) // args.batch_size * args.epochs
-    mean = next(shards.batches(min(len(shards), 20_000), args.seed)).mean(0)
-    sae = fresh_sae(shards.info.d_in, args.d_sae, mean=mean, threshold=args.threshold, seed=args.seed)
-    objective = JumpReLUObjective(sparsity=args.sparsity, bandwidth=args.bandwidth,
-                                  warmup=linear_warmup(round(0.3 * total)))
-    schedule = product(cosine_warmup(min(100, total // 10)), linear_end(total, 0.5))
-    config = TrainConfig(learning_rate=args.learning_rate, schedule=schedule)
-    with tqdm(desc="train", unit=" steps", total=total) as bar:
-        train(sae, epochs(shards, args), objective, config, lambda step, loss: show(bar, loss))
-    sae = fold_scale(sae, shards.info.rms_norm)
-    sae.site = sae.site_out = shards.info.site
-    sae.metadata |= {"model_name": MODEL_NAME, "typical_norm": shards.info.typical_norm,
-                     "n_tokens": len(shards), "seed": args.seed, "dataset": args.text.name,
-                     "recipe": recipe(args)}
+    stream = CachedStream(args.cache, [site_of(args)], seed=args.seed, epochs=args.epochs, max_tokens=args.tokens)
+    steps = stream.rows * args.epochs // args.batch_size
+    objective = JumpReLU(l0=args.l0, bandwidth=args.bandwidth, warmup=round(0.3 * steps))
+    trainee = Trainee(name="demo", site=site_of(args), d_sae=args.d_sae, seed=args.seed, betas=(0.9, 0.999), clip=3.0,
+                      learning_rate=args.learning_rate, objective=objective)
+    config = TrainConfig(steps=steps, batch_size=args.batch_size, warmup=100, decay=0.5)
+    sae = train(stream, [trainee], config, args.cache / "training")["demo"]
+    sae.metadata |= {"n_tokens": stream.rows, "seed": args.seed, "dataset": args.text.name, "recipe": recipe(args)}
     return sae
-
-
-def epochs(shards: Shards, args: argparse.Namespace) -> Iterator[Tensor]:
-    for epoch in range(args.epochs):
-        yield from shards.batches(args.batch_size, args.seed + epoch)
-
-
-def show(bar: Any, loss: Loss) -> None:
-    bar.update()
-    if bar.n % 20 == 0:
-        bar.set_postfix_str(f"error {loss.reconstruction:.3f} L0 {loss.l0:.0f}")
 
 
 def recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -48,13 +48,14 @@ OBJECTIVES = {
 
 
 def trainees(**changes: Any) -> list[Trainee]:
-    """One of every objective, and of every kind of trainee: with a log threshold, off centre, transcoders."""
+    """One of every objective, and of every kind of trainee: with a log threshold, in bfloat16, transcoders."""
     given: dict[str, Any] = {"site": IN, "d_sae": 24, "learning_rate": 0.01} | changes
     found = [Trainee(name=name, objective=objective, **given) for name, objective in OBJECTIVES.items()]
     given["objective"] = JUMPRELU
     low = replace(JUMPRELU, threshold=0.05)
     found += [Trainee(name="log-threshold", log_threshold=True, **given | {"objective": low}),
-              Trainee(name="not-centred", centre=False, seed=1, **given)]
+              Trainee(name="not-centred", centre=False, seed=1, **given),
+              Trainee(name="clipped", clip=1.02, **given), Trainee(name="bf16", bf16=True, **given)]
     across = given | {"site_out": OUT}
     return [*found, Trainee(name="transcoder", **across), Trainee(name="transcoder-skip", skip=True, **across),
             Trainee(name="transcoder-topk", skip=True, **across | {"objective": OBJECTIVES["topk"]})]

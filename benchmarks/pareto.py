@@ -1,0 +1,371 @@
+"""The paper's headline on real language models: fidelity against sparsity for JumpReLU, Gated, TopK, BatchTopK and ReLU
+SAEs, trained on the same activations for the same tokens with the same tuning budget (arXiv 2407.14435, section 5).
+
+    python benchmarks/pareto.py tiny-gemma2 --text train.jsonl.xz --held-out held-out.jsonl --cache FOLDER
+    python benchmarks/pareto.py smollm2-135m --text ... --held-out ... --cache FOLDER [--part 1/2]
+
+Each line of the texts is {"text": ...}. What is in the cache is not made again, so the command goes on where it was cut
+off; `--part i/n` does every n-th run only, for several processes (harvest first: `--only harvest`). It ends with
+results/pareto-MODEL.{json,md,png,svg}.
+
+Tuning: each method has equally many settings, some learning rates with some values of its own most important number,
+tried at the middle sparsity with the first seed (tiny-gemma2: in shorter runs); the setting with the least FVU there is
+taken for all. Methods whose L0 is not given but follows from a coefficient are tried at two coefficients, and compared
+at the same L0 by interpolation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_hooks import SAE, load_sae
+from sae_hooks.check import Statistics
+from sae_hooks.training import (
+    BatchTopK,
+    CachedStream,
+    Gated,
+    JumpReLU,
+    Objective,
+    ReLU,
+    TopK,
+    TrainConfig,
+    Trainee,
+    train,
+)
+from sae_hooks.training.harvest import padded_batches
+from sae_hooks.training.metrics import evaluate_all
+from sae_hooks.training.plots import pareto_plot
+from sae_hooks.training.report import make_report, read_report, write_report
+from sae_hooks.training.shards import Shards, harvest_infos, write_shards
+from sae_hooks.training.text import context_windows, documents, prefix_ids
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WINDOW, WINDOWS_PER_SHARD = 256, 128
+TUNING_TOKENS = 16_384  # at the end of the cache, trained on by no run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model's experiment: where, how large, how long.
+
+    sweep: of each method, its sparsities: features a token, or coefficients that lead there. rates: the learning rates,
+    and own: of each method, the values of its own number (OWN_NUMBER), that are tried with each other.
+    """
+
+    site: str
+    d_sae: int
+    tokens: int
+    steps: int
+    tuning_steps: int
+    batch_size: int
+    seeds: int
+    held_out_windows: int
+    sweep: dict[str, tuple[float, ...]]
+    rates: tuple[float, ...]
+    own: dict[str, tuple[float, ...]]
+
+
+SETUPS = {
+    "tiny-gemma2": Setup(
+        site="model.layers.2.output", d_sae=1024, tokens=2_400_000, steps=1200, tuning_steps=600, batch_size=1024,
+        seeds=3, held_out_windows=256, sweep={
+            "JumpReLU": (5, 10, 20, 40, 80), "TopK": (5, 10, 20, 40, 80), "BatchTopK": (5, 10, 20, 40, 80),
+            "Gated": (0.38, 0.26, 0.17, 0.1, 0.06), "ReLU": (0.3, 0.2, 0.13, 0.075, 0.045)},
+        rates=(1e-3, 3e-3, 1e-2, 3e-2), own={
+            "JumpReLU": (0.03, 0.1), "TopK": (0, 128), "BatchTopK": (0, 128), "Gated": (0.1, 0.4),
+            "ReLU": (0.1, 0.4)}),
+    "smollm2-135m": Setup(
+        site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, tuning_steps=1000, batch_size=1024,
+        seeds=1, held_out_windows=120, sweep={
+            "JumpReLU": (10, 30, 80), "TopK": (10, 30, 80), "BatchTopK": (10, 30, 80),
+            "Gated": (0.28, 0.14, 0.065), "ReLU": (0.2, 0.085, 0.04)},
+        rates=(3e-3, 1e-2), own={
+            "JumpReLU": (0.03,), "TopK": (128,), "BatchTopK": (128,), "Gated": (0.1,), "ReLU": (0.1,)}),
+}
+
+
+# --- methods ----------------------------------------------------------------------------------------
+
+OWN_NUMBER = {  # what is tuned besides the learning rate; warm-ups of the penalty, as shares of the steps
+    "JumpReLU": "bandwidth", "TopK": "aux_k", "BatchTopK": "aux_k", "Gated": "warmup", "ReLU": "warmup",
+}
+FOLLOWS = ("Gated", "ReLU")  # methods whose L0 follows from a coefficient
+
+
+def objective(method: str, sparsity: float, own: float, steps: int) -> Objective:
+    """A method at a sparsity: features a token, or the coefficient of its penalty."""
+    if method == "JumpReLU":
+        return JumpReLU(l0=sparsity, bandwidth=own, warmup=round(0.3 * steps))
+    if method in ("TopK", "BatchTopK"):
+        kind = TopK if method == "TopK" else BatchTopK
+        return kind(k=int(sparsity), aux_k=int(own), dead_after=200_000)
+    kind = Gated if method == "Gated" else ReLU
+    return kind(sparsity=sparsity, warmup=round(own * steps))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One SAE of the experiment."""
+
+    method: str
+    sparsity: float
+    seed: int
+    rate: float
+    own: float
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method}-{self.sparsity:g}-seed{self.seed}-lr{self.rate:g}-{self.own:g}-{self.steps}"
+
+
+def trained(run: Run, setup: Setup, cache: Path) -> SAE:
+    """The run's SAE, from the cache or by training."""
+    folder = cache / "runs" / run.name.replace(" ", "_")
+    if not (folder / "cfg.json").exists():
+        stream = CachedStream(cache / "acts", [setup.site], seed=run.seed, epochs=None, max_tokens=setup.tokens)
+        trainee = Trainee(name=run.name, site=setup.site, d_sae=setup.d_sae, seed=run.seed, learning_rate=run.rate,
+                          betas=(0.9, 0.999), objective=objective(run.method, run.sparsity, run.own, run.steps))
+        config = TrainConfig(steps=run.steps, batch_size=setup.batch_size, warmup=100, decay=0.5)
+        train(stream, [trainee], config, progress=sys.stderr.isatty())[run.name].save_pretrained(folder)
+        print(f"trained {run.name}", flush=True)
+    return load_sae(folder)
+
+
+# --- tuning -----------------------------------------------------------------------------------------
+
+def settings(method: str, setup: Setup) -> Iterator[tuple[float, float]]:
+    """The (learning rate, own number) that are tried for a method."""
+    return ((rate, own) for rate in setup.rates for own in setup.own[method])
+
+
+def tuning_runs(method: str, setup: Setup, rate: float, own: float) -> list[Run]:
+    """At the middle sparsity, or at the two around it."""
+    middle = len(setup.sweep[method]) // 2
+    at = setup.sweep[method][middle - 1:middle + 1] if method in FOLLOWS else setup.sweep[method][middle:middle + 1]
+    return [Run(method, sparsity, 0, rate, own, setup.tuning_steps) for sparsity in at]
+
+
+def tuned(method: str, setup: Setup, cache: Path) -> tuple[float, float, dict[str, float]]:
+    """(learning rate, own number) of the least FVU at the middle L0; and the FVU of every setting."""
+    goal = setup.sweep["TopK"][len(setup.sweep["TopK"]) // 2]
+    x, found = tuning_rows(setup, cache), {}
+    for rate, own in settings(method, setup):
+        points = [measured(trained(run, setup, cache), x) for run in tuning_runs(method, setup, rate, own)]
+        found[rate, own] = at_l0(points, goal)
+    best = min(found, key=lambda setting: found[setting])
+    return *best, {f"lr {rate:g}, {OWN_NUMBER[method]} {own:g}": fvu for (rate, own), fvu in found.items()}
+
+
+def tuning_rows(setup: Setup, cache: Path) -> Tensor:
+    """Activations that no run is trained on."""
+    parts = Shards(cache / "acts" / setup.site).parts
+    rows = torch.cat(parts[-8:])[-TUNING_TOKENS:].float()
+    assert sum(map(len, parts)) >= setup.tokens + len(rows), "harvest more: the tuning rows must not be trained on"
+    return rows
+
+
+def measured(sae: SAE, x: Tensor) -> tuple[float, float]:
+    """(L0, FVU) on rows of activations."""
+    statistics = Statistics()
+    with torch.no_grad():
+        for part in x.split(4096):
+            statistics.update(sae, part, part)
+    return statistics.l0, statistics.fvu
+
+
+def at_l0(points: list[tuple[float, float]], l0: float) -> float:
+    """FVU at an L0, on the straight line through log L0 and log FVU of the two points; a single one as it is."""
+    if len(points) == 1:
+        return points[0][1]
+    (a, x), (b, y) = ((math.log(l0), math.log(fvu)) for l0, fvu in points)
+    return math.exp(x + (y - x) * (math.log(l0) - a) / (b - a))
+
+
+# --- the experiment ---------------------------------------------------------------------------------
+
+def arguments() -> argparse.Namespace:
+    """What the user asks for."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", choices=SETUPS)
+    p.add_argument("--text", type=Path, required=True)
+    p.add_argument("--held-out", type=Path, required=True, help="texts never trained on")
+    p.add_argument("--cache", type=Path, required=True, help="for activations (at most 3 GB) and SAEs")
+    p.add_argument("--part", default="0/1", metavar="I/N", help="do every N-th run only, from the I-th on")
+    p.add_argument("--only", choices=("harvest", "tune", "train"), help="stop after this stage")
+    return p.parse_args()
+
+
+def main() -> None:
+    """Harvest, tune, train, evaluate, report."""
+    args = arguments()
+    setup, cache = SETUPS[args.model], args.cache / args.model
+    model, tokenizer = language_model(args.model)
+    harvest(args, setup, cache, model, tokenizer)
+    if args.only == "harvest":
+        return
+    mine = part(args)
+    for run in mine([run for m in setup.sweep for s in settings(m, setup) for run in tuning_runs(m, setup, *s)]):
+        trained(run, setup, cache)
+    if args.only == "tune":
+        return
+    tuning = {method: tuned(method, setup, cache) for method in setup.sweep}
+    runs = [Run(method, sparsity, seed, *tuning[method][:2], setup.steps) for seed in range(setup.seeds)
+            for method, sweep in setup.sweep.items() for sparsity in sweep]
+    saes = {run.name: (run, trained(run, setup, cache)) for run in mine(runs)}
+    if args.only == "train" or len(saes) < len(runs):
+        return
+    stem = RESULTS / f"pareto-{args.model}"
+    if not stem.with_suffix(".json").exists() or not same_runs(stem.with_suffix(".json"), saes):
+        evaluate(args, setup, model, tokenizer, saes, stem)
+    draw(args.model, setup, tuning, stem)
+
+
+def part(args: argparse.Namespace) -> Any:
+    """What picks this process's runs out of all."""
+    i, n = map(int, args.part.split("/"))
+    return lambda runs: runs[i::n]
+
+
+def language_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer)."""
+    if name == "tiny-gemma2":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = ROOT / "tests" / "models" / name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    sys.path.insert(0, str(ROOT / "examples"))
+    from smollm2 import load_smollm2
+
+    return load_smollm2(torch.bfloat16)
+
+
+def windows_of(path: Path, tokenizer: Any) -> list[Any]:
+    """The file's windows, shuffled."""
+    ids = tokenizer(list(documents(path)), add_special_tokens=False, verbose=False)["input_ids"]
+    return context_windows(ids, WINDOW, 0, prefix_ids(tokenizer))
+
+
+def harvest(args: argparse.Namespace, setup: Setup, cache: Path, model: Any, tokenizer: Any) -> None:
+    """Fill cache/acts with setup.tokens tokens, and those that tune."""
+    done = sum(map(len, Shards(cache / "acts" / setup.site).parts)) if (cache / "acts" / setup.site).exists() else 0
+    wanted = setup.tokens + TUNING_TOKENS
+    if done >= wanted:
+        return
+    windows, special = windows_of(args.text, tokenizer), tokenizer.all_special_ids
+    infos = harvest_infos(model, cache / "acts", [setup.site], windows, special, model_name=args.model, window=WINDOW,
+                          seed=0, windows_per_shard=WINDOWS_PER_SHARD)
+    for tokens in write_shards(model, cache / "acts", infos, windows, special, windows_per_shard=WINDOWS_PER_SHARD):
+        done += tokens
+        print(f"harvested {done:,} of {wanted:,} tokens", flush=True)
+        if done >= wanted:
+            return
+
+
+def same_runs(path: Path, saes: dict[str, Any]) -> bool:
+    """Whether a report is of these runs."""
+    return set(read_report(path).saes) == set(saes)
+
+
+def evaluate(args: argparse.Namespace, setup: Setup, model: Any, tokenizer: Any, saes: dict[str, tuple[Run, SAE]],
+             stem: Path) -> None:
+    """Measure all SAEs on held-out text."""
+    windows = windows_of(args.held_out, tokenizer)[:setup.held_out_windows]
+    plain = {name: sae for name, (_, sae) in saes.items()}
+    found = evaluate_all(model, plain, list(padded_batches(windows)), tokenizer.all_special_ids)
+    facts = {name: {"method": run.method, "sparsity": run.sparsity, "seed": run.seed, "learning_rate": run.rate,
+                    OWN_NUMBER[run.method]: run.own} for name, (run, _) in saes.items()}
+    data = {"training": args.text.name, "held_out": args.held_out.name, "tokens_trained_on": setup.steps
+            * setup.batch_size, "distinct_tokens": setup.tokens, "windows": len(windows)}
+    write_report(make_report(found, plain, model=args.model, data=data, facts=facts), stem.with_suffix(".json"))
+
+
+# --- the report -------------------------------------------------------------------------------------
+
+def draw(name: str, setup: Setup, tuning: dict[str, Any], stem: Path) -> None:
+    """Write the plot and the table."""
+    report = read_report(stem.with_suffix(".json"))
+    rows = {method: [[entry for entry in report.saes.values() if entry.facts["method"] == method
+                      and entry.facts["sparsity"] == sparsity] for sparsity in sweep]
+            for method, sweep in setup.sweep.items()}
+    pareto_plot(rows, stem, title=f"{name}, {setup.site}, {setup.d_sae:,} features")
+    stem.with_suffix(".md").write_text(page(name, setup, tuning, rows))
+    print(stem.with_suffix(".md").read_text())
+
+
+def page(name: str, setup: Setup, tuning: dict[str, Any], rows: dict[str, list[list[Any]]]) -> str:
+    """The result as Markdown."""
+    head = (f"# {name}: fidelity against sparsity\n\n`python benchmarks/pareto.py {name}`: {setup.site}, d_sae "
+            f"{setup.d_sae:,}, {setup.steps * setup.batch_size:,} tokens each of {setup.tokens:,} distinct ones, "
+            f"{setup.seeds} seed(s); means over seeds. Loss: nats a token. gamma: relative reconstruction bias.\n\n")
+    columns = ("method", "sparsity", "L0", "FVU", "delta loss", "recovered", "gamma", "dead", "> 10 %")
+    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for method, by_sparsity in rows.items():
+        for entries in by_sparsity:
+            m = {key: sum(e.scalars[key] for e in entries) / len(entries) for key in entries[0].scalars}
+            table.append(f"| {method} | {entries[0].facts['sparsity']:g} | {m['l0']:.1f} | {m['fvu']:.4f} | "
+                         f"{m['delta_loss']:.4f} | {m['loss_recovered']:.4f} | {m['gamma']:.3f} | {m['dead']:.1%} | "
+                         f"{m['over_10_percent']:.2%} |")
+    return head + "\n".join(table) + "\n\n" + compared(setup, rows) + "\n" + tuning_table(tuning)
+
+
+def compared(setup: Setup, rows: dict[str, list[list[Any]]]) -> str:
+    """Each method against JumpReLU at JumpReLU's own L0s, where both curves reach."""
+    lines = ["## At the same L0\n", "FVU / delta loss, each over JumpReLU's (above 1: worse than JumpReLU), "
+             "interpolated in log L0.\n", "| method | " + " | ".join(f"L0 {l0:g}" for l0 in setup.sweep["JumpReLU"])
+             + " |", "|" + "---|" * (1 + len(setup.sweep["JumpReLU"]))]
+    curves = {method: {key: [(mean(e, "l0"), mean(e, key)) for e in entries] for key in ("fvu", "delta_loss")}
+              for method, entries in rows.items()}
+    for method in list(rows)[1:]:
+        cells = []
+        for l0 in (mean(entries, "l0") for entries in rows["JumpReLU"]):
+            ratios = [ratio(curves[method][key], curves["JumpReLU"][key], l0) for key in ("fvu", "delta_loss")]
+            cells.append(" / ".join("-" if r is None else f"{r:.3f}" for r in ratios))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ratio(theirs: list[tuple[float, float]], ours: list[tuple[float, float]], l0: float) -> float | None:
+    """Their value over ours at an L0; None outside of their curve."""
+    a, b = (interpolated(curve, l0) for curve in (theirs, ours))
+    return None if a is None or b is None else a / b
+
+
+def interpolated(curve: list[tuple[float, float]], l0: float) -> float | None:
+    """The value at l0 on straight lines in log-log; None outside, but for 3 % at the ends."""
+    points = sorted(curve)
+    if not points[0][0] / 1.03 <= l0 <= points[-1][0] * 1.03:
+        return None
+    above = next((i for i, (x, _) in enumerate(points) if x >= l0), len(points) - 1)
+    return at_l0(points[max(0, above - 1):max(0, above - 1) + 2], l0)
+
+
+def mean(entries: list[Any], key: str) -> float:
+    """Over seeds."""
+    return float(sum(e.scalars[key] for e in entries) / len(entries))
+
+
+def tuning_table(tuning: dict[str, Any]) -> str:
+    """What was tried, and taken."""
+    lines = ["## Tuning\n", "FVU at the middle L0; the least is taken.\n"]
+    for method, (_, _, tried) in tuning.items():
+        best = min(tried, key=lambda setting: tried[setting])
+        lines.append(f"- {method}: " + "; ".join(f"{'**' if s == best else ''}{s}: {fvu:.4f}{'**' if s == best else ''}"
+                                                 for s, fvu in tried.items()))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
