@@ -17,7 +17,7 @@ from sae_hooks.sae import SAE
 
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import like
-from .parallel import ALONE, REPLICATED, Parallel
+from .parallel import ALONE, REPLICATED, USUAL, Parallel
 from .stream import SiteInfo
 
 REMEMBER = 0.99  # of the gradients' usual length, a step
@@ -104,7 +104,7 @@ class Learner:
         self.extra = {name: t.to(device) for name, t in self.objective.extra(self.sae).items()}
         self.idle = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.trained = self._trained()
-        self.usual = torch.zeros(len(self._leaves()), device=device)  # lengths of the gradients
+        self.usual = torch.zeros(len(self._leaves()), dtype=torch.float64, device=device)  # lengths of the gradients
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=trainee.learning_rate, betas=trainee.betas,
                                           eps=trainee.adam_eps, fused=True)
 
@@ -202,7 +202,7 @@ class Learner:
         if self.trainee.clip is None:
             return
         gradients = {name: t.grad for name, t in self._leaves().items() if t.grad is not None}
-        squares = torch.stack([grad.square().sum() for grad in gradients.values()])
+        squares = torch.stack([grad.square().sum().double() for grad in gradients.values()])
         split = torch.tensor([name not in REPLICATED for name in gradients], device=squares.device)
         lengths = (self.parallel.over_shards(squares * split) + squares * ~split).sqrt()
         first = self.usual == 0
@@ -250,7 +250,7 @@ class Learner:
         self._check_finite()
         found: dict[str, Any] = dict(tensors(self.sae))
         found |= {f"extra.{name}": t.detach() for name, t in self.extra.items()} | {"idle": self.idle}
-        found["usual"] = self.usual
+        found[USUAL] = self.usual
         if "log_threshold" in self.trained:
             found["log_threshold"] = self.trained["log_threshold"].detach()
         for name, leaf in self.trained.items():
@@ -272,7 +272,7 @@ class Learner:
         for name, t in self.extra.items():
             t.copy_(state[f"extra.{name}"])
         self.idle.copy_(state["idle"])
-        self.usual.copy_(state["usual"])
+        self.usual.copy_(state[USUAL])
         for name, leaf in self.trained.items():
             if name == "log_threshold":
                 leaf.copy_(state[name])

@@ -26,7 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BATCH, FEATURES = "batch", "features"
-REPLICATED = ("b_dec", "W_skip")  # whole in every process; all else is one row a feature, or a scalar
+REPLICATED = ("b_dec", "W_skip")  # whole in every process; all else of the SAE is one row a feature, or a scalar
+USUAL = "usual"  # lengths of gradients: one number a tensor, the same in every process
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def parallel(shards: int = 1) -> Parallel:
 
 def is_per_feature(name: str, t: Tensor) -> bool:
     """Whether a tensor of a learner's state, as "W_enc", "extra.r_mag" or "adam.W_enc.exp_avg", has a row a feature."""
-    return t.ndim > 0 and _plain(name) not in REPLICATED
+    return t.ndim > 0 and _plain(name) not in (*REPLICATED, USUAL)
 
 
 def feature_first(name: str, t: Tensor) -> Tensor:
