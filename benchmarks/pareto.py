@@ -86,7 +86,7 @@ SETUPS = {
             "ReLU": (0.1, 0.4)}),
     "smollm2-135m": Setup(
         site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, tuning_steps=1000, batch_size=1024,
-        seeds=1, held_out_windows=120, sweep={
+        seeds=1, held_out_windows=40, sweep={
             "JumpReLU": (10, 30, 80), "TopK": (10, 30, 80), "BatchTopK": (10, 30, 80),
             "Gated": (0.28, 0.14, 0.065), "ReLU": (0.2, 0.085, 0.04)},
         rates=(3e-3, 1e-2), own={
@@ -307,9 +307,11 @@ def draw(name: str, setup: Setup, tuning: dict[str, Any], stem: Path) -> None:
 
 def page(name: str, setup: Setup, tuning: dict[str, Any], rows: dict[str, list[list[Any]]]) -> str:
     """The result as Markdown."""
+    tokens = next(iter(rows.values()))[0][0].scalars["tokens"]
     head = (f"# {name}: fidelity against sparsity\n\n`python benchmarks/pareto.py {name}`: {setup.site}, d_sae "
-            f"{setup.d_sae:,}, {setup.steps * setup.batch_size:,} tokens each of {setup.tokens:,} distinct ones, "
-            f"{setup.seeds} seed(s); means over seeds. Loss: nats a token. gamma: relative reconstruction bias.\n\n")
+            f"{setup.d_sae:,}, trained on {setup.steps * setup.batch_size:,} tokens each, measured on {tokens:,.0f} "
+            f"held-out ones; {setup.seeds} seed(s), means over seeds. Loss: nats a token. gamma: relative "
+            "reconstruction bias.\n\n")
     columns = ("method", "sparsity", "L0", "FVU", "delta loss", "recovered", "gamma", "dead", "> 10 %")
     table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for method, by_sparsity in rows.items():

