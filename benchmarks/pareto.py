@@ -86,7 +86,7 @@ SETUPS = {
             "ReLU": (0.1, 0.4)}),
     "smollm2-135m": Setup(
         site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, tuning_steps=1000, batch_size=1024,
-        seeds=1, held_out_windows=40, sweep={
+        seeds=1, held_out_windows=24, sweep={
             "JumpReLU": (10, 30, 80), "TopK": (10, 30, 80), "BatchTopK": (10, 30, 80),
             "Gated": (0.28, 0.14, 0.065), "ReLU": (0.2, 0.085, 0.04)},
         rates=(3e-3, 1e-2), own={
