@@ -69,9 +69,7 @@ def stopped(shards: Path, run: Path) -> Path:
     assert steps(run) == ["step-00000003", "step-00000006"]
     return run
 
-
 # --- checkpoints --------------------------------------------------------------------------------------------
-
 
 def test_a_broken_checkpoint_is_passed_over_with_a_warning_and_the_bits_come_out_the_same(
         shards: Path, stopped: Path) -> None:
@@ -127,9 +125,7 @@ def test_how_often_it_reports_and_saves_may_change(shards: Path, stopped: Path) 
 
     assert streams.unequal(trained(streams.cached(shards)), resumed) == []
 
-
 # --- disks --------------------------------------------------------------------------------------------------
-
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
@@ -243,9 +239,7 @@ def test_a_folder_without_the_right_to_write_is_named_before_any_work_is_done(sh
 
     assert stream.state_dict()["place"] == 0
 
-
 # --- numbers that are none ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("site", [IN, OUT])
 def test_an_infinite_activation_is_told_from_a_bad_learning_rate_and_can_be_repaired(
@@ -292,9 +286,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_given_out(shards: Pat
 
     assert not (run / "checkpoints").exists()
 
-
 # --- data ---------------------------------------------------------------------------------------------------
-
 
 def test_data_that_ends_early_is_an_error_and_what_was_learnt_of_it_is_saved(shards: Path, run: Path) -> None:
     with pytest.raises(DataError, match=r"the activations ended: 600 tokens were read.*epochs="):
@@ -350,9 +342,7 @@ def test_a_vocabulary_of_special_tokens_only_is_an_error_before_any_work(
     with pytest.raises(DataError, match=r"no ordinary token is left to train on: .*special_ids has 4,096"):
         streams.live(tiny_gemma2_loaded, special_ids=range(4096))
 
-
 # --- what is asked for --------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("some", "named"), [
     ([], r"one trainee or more, of different names; got \[\]"),
