@@ -174,6 +174,15 @@ def stopped_at(step: int, shards: Path, run: Path) -> dict[str, Any]:
             if isinstance(value, torch.Tensor)}
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as Python has it, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_interrupts_at_once(shards: Path, tmp_path: Path) -> None:
     def twice(row: dict[str, Any]) -> None:
         if row["step"] == 3:
@@ -207,6 +216,7 @@ def test_ctrl_c_in_the_last_step_loses_nothing(shards: Path, tmp_path: Path) -> 
     assert streams.unequal(trained(shards), trained(shards, tmp_path / "run")) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_with_nothing_to_save_interrupts_at_once(shards: Path) -> None:
     told = []
 
