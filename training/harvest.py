@@ -21,8 +21,7 @@ from sae_hooks.errors import DataError, SiteError
 from sae_hooks.runtime import SINK_MULTIPLE
 from sae_hooks.sites import Site, find_input, normalize, read, resolve
 
-from .text import Window as Window
-from .text import context_windows as context_windows
+from .text import Window
 
 TOKENS_PER_BATCH = 4096
 NORM_WINDOWS = 64  # that norms are measured on: 16,000 tokens at a window of 256
@@ -183,13 +182,6 @@ def _check_measured(norms: Mapping[str, Tensor], windows: Sequence[Window], spec
             )
         if not bool(norm.isfinite().all()):
             raise DataError(f"{site} gave activations that are not finite; load the model in bfloat16 or float32")
-
-
-def measure_norms(model: nn.Module, site: str, windows: Sequence[Window],
-                  special_ids: Sequence[int]) -> tuple[float, float, int]:
-    """(typical_norm, rms_norm, d_in) of one site; see `measure_sites`."""
-    info = measure_sites(model, [site], windows, special_ids)[site]
-    return info.typical_norm, info.rms_norm, info.d_in
 
 
 def harvest(model: nn.Module, typical_norms: Mapping[str, float], windows: Sequence[Window],

@@ -15,10 +15,10 @@ from torch import Tensor
 from sae_hooks.errors import DataError, TrainingError
 from sae_hooks.sae import SAE
 
+from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import like
 from .parallel import ALONE, REPLICATED, USUAL, Parallel
-from .stream import SiteInfo
 
 REMEMBER = 0.99  # of the gradients' usual length, a step
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
@@ -98,6 +98,9 @@ class Learner:
             raise TrainingError(f"{trainee.name}: no activations of {missing[0]}; there are {', '.join(sites)}")
         self.infos = sites[self.source], sites[self.target]
         crosses = self.source != self.target
+        if crosses and self.objective.pre_bias:
+            raise TrainingError(f"{trainee.name}: pre_bias takes b_dec, which is of {self.target}, off the activations "
+                                f"of {self.source}; train a transcoder with pre_bias=False")
         sae = fresh_sae(self.infos[0].d_in, trainee.d_sae, self.infos[1].d_in, self.objective.gate(trainee.d_sae),
                         tied=not crosses, skip=trainee.skip, seed=trainee.seed)
         self.sae = like(sae, **{name: parallel.local(name, t) for name, t in tensors(sae).items()}).to(device)

@@ -14,14 +14,13 @@ from .harvest import (
     NORM_WINDOWS,
     TOKENS_PER_BATCH,
     SiteInfo,
-    Window,
     measure_sites,
     ordinary_rows,
     padded_batches,
     site_activations,
 )
 from .stream import State
-from .text import Position, Windows
+from .text import Position, Window, Windows
 
 GROUP_BATCHES = 16  # forward passes whose windows are sorted by length together, so that little is padded
 

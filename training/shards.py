@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sae_hooks.errors import DataError, SaeWarning
 
-from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, Window, harvest, measure_sites
+from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, harvest, measure_sites
+from .text import Window
 
 UNSTATED: Mapping[str, Any] = {"sites": (), "windows_per_shard": 0, "text": ""}  # as older harvests leave them
 
@@ -156,23 +157,6 @@ class Shards:
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
-
-    def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-        """Yield one epoch of float32 batches (size, d_in) of mean squared norm 1, shuffled across all shards.
-
-        The division is by rms_norm. The last, smaller batch is left out.
-        """
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        for rows in torch.split(order, size)[:len(self) // size]:
-            yield self._rows(rows).float() / self.info.rms_norm
-
-    def _rows(self, rows: Tensor) -> Tensor:
-        ends = torch.tensor([len(p) for p in self.parts]).cumsum(0)
-        part = torch.searchsorted(ends, rows, right=True)
-        out = torch.empty(len(rows), self.info.d_in, dtype=self.parts[0].dtype)
-        for p in set(part.tolist()):
-            out[part == p] = self.parts[p][rows[part == p] - (ends[p] - len(self.parts[p]))]
-        return out
 
 
 def _groups(windows: Iterable[Window], size: int, share: tuple[int, int]) -> Iterator[tuple[int, list[Window]]]:

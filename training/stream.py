@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_hooks.errors import CheckpointError, DataError
 
-from .harvest import SiteInfo as SiteInfo
+from .harvest import SiteInfo
 from .shards import Shards
 
 CHUNK_ROWS = 256  # read together: some 300 KB at width 576, enough for a disk to be quick

@@ -12,7 +12,7 @@ import torch
 from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
 from sae_hooks.errors import DataError, SiteError
-from sae_hooks.training.harvest import harvest, measure_norms, measure_sites, padded_batches, site_activations
+from sae_hooks.training.harvest import harvest, measure_sites, padded_batches, site_activations
 from sae_hooks.training.text import context_windows
 
 from .conftest import BOS, SINK
@@ -38,22 +38,22 @@ def expected_rows(model: LlamaForCausalLM) -> torch.Tensor:
 def test_ordinary_tokens_come_in_order_without_specials_padding_and_sinks(
         model_with_a_sink_token: LlamaForCausalLM) -> None:
     model = model_with_a_sink_token
-    typical, _, d_in = measure_norms(model, SITE, WINDOWS, [0, BOS])
+    info = measure_sites(model, [SITE], WINDOWS, [0, BOS])[SITE]
 
-    found = harvest(model, {SITE: typical}, WINDOWS, special_ids=[0, BOS])[SITE]
+    found = harvest(model, {SITE: info.typical_norm}, WINDOWS, special_ids=[0, BOS])[SITE]
 
-    assert d_in == 16
+    assert info.d_in == 16
     assert found.shape == (11, 16)
     torch.testing.assert_close(found.float(), expected_rows(model), rtol=1e-2, atol=1e-2)
 
 
 def test_typical_norm_is_the_median_and_rms_norm_leaves_sinks_out(
         model_with_a_sink_token: LlamaForCausalLM) -> None:
-    typical, rms, _ = measure_norms(model_with_a_sink_token, SITE, WINDOWS, [0, BOS])
+    info = measure_sites(model_with_a_sink_token, [SITE], WINDOWS, [0, BOS])[SITE]
 
     norms = expected_rows(model_with_a_sink_token).norm(dim=1)
-    assert norms.min() <= typical <= norms.max()
-    assert rms == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-5)
+    assert norms.min() <= info.typical_norm <= norms.max()
+    assert info.rms_norm == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-5)
 
 
 def test_the_model_runs_only_as_deep_as_the_deepest_site(model_with_a_sink_token: LlamaForCausalLM) -> None:
@@ -147,8 +147,7 @@ def test_norms_of_several_sites_come_from_one_pass_over_the_windows(
     found = measure_sites(model_with_a_sink_token, ["model.layers.0.output", SITE], WINDOWS, [0, BOS])
 
     assert len(passes) == 1
-    alone = measure_norms(model_with_a_sink_token, SITE, WINDOWS, [0, BOS])
-    assert (found[SITE].typical_norm, found[SITE].rms_norm, found[SITE].d_in) == alone
+    assert found[SITE] == measure_sites(model_with_a_sink_token, [SITE], WINDOWS, [0, BOS])[SITE]
 
 
 def test_an_activation_that_is_changed_in_place_afterwards_is_what_the_module_gave(

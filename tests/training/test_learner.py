@@ -393,3 +393,8 @@ def test_a_transcoder_reads_one_site_and_predicts_the_other() -> None:
     assert fvu < 1.2  # independent noise: nothing to predict but the mean
     assert sae.W_skip is not None
     assert sae.W_skip.abs().max() > 0
+
+
+def test_a_transcoder_cannot_have_a_pre_encoder_bias_which_would_be_of_the_wrong_site() -> None:
+    with pytest.raises(TrainingError, match="pre_bias=False"):
+        Learner(replace(TRAINEES["transcoder"], objective=JumpReLU(sparsity=0.05, pre_bias=True)), SITES)

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
 from sae_hooks.errors import CheckpointError, DataError, SiteError
-from sae_hooks.training.harvest import SiteInfo, Window, harvest
+from sae_hooks.training.harvest import SiteInfo, harvest
 from sae_hooks.training.live import LiveStream
-from sae_hooks.training.text import windows
+from sae_hooks.training.text import Window, windows
 
 from .conftest import BOS, SINK
 

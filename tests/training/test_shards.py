@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from sae_hooks.errors import DataError, SaeWarning
-from sae_hooks.training.harvest import Window
 from sae_hooks.training.shards import HarvestInfo, Shards, harvest_infos, read_info, write_shards
-from sae_hooks.training.text import Windows
+from sae_hooks.training.text import Window, Windows
 
 from .conftest import BOS, SINK
 
@@ -281,20 +280,6 @@ def test_folders_that_hold_no_harvest_or_another_width_are_named(
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-
-def test_an_epoch_is_every_row_once_shuffled_across_shards_and_scaled(
-        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
-    write(model_with_a_sink_token, tmp_path)
-    shards = Shards(tmp_path / SITE)
-
-    rows = torch.cat(list(shards.batches(1, seed=0)))
-
-    stored = torch.cat(shards.parts).float() / 2.0
-    assert not torch.equal(rows, stored)
-    assert torch.equal(rows[rows[:, 0].argsort()], stored[stored[:, 0].argsort()])
-    assert torch.equal(rows, torch.cat(list(shards.batches(1, seed=0))))
-    assert [len(b) for b in shards.batches(4, seed=0)] == [4, 4]
 
 
 def test_fewer_tokens_can_be_asked_for(model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from sae_hooks.sae import SAE
+from sae_hooks.training.harvest import SiteInfo
 from sae_hooks.training.learner import Learner, Trainee
 from sae_hooks.training.objectives import Batch, JumpReLU, Objective, TanhJumpReLU
 from sae_hooks.training.ste import KERNELS, Kernel
-from sae_hooks.training.stream import SiteInfo
 
 from .reference_losses import Array
 

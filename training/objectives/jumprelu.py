@@ -31,7 +31,8 @@ class JumpReLU(Objective):
 
     With l0 the penalty is quadratic, in one of the published forms:
     "batch": sparsity * (L0 / l0 - 1)^2 for the batch's mean L0 (arXiv 2407.14435, appendix; ICLR version, App. F);
-    "token": sparsity * (2 / l0) * mean_b (L0_b - l0)^2 (Gemma Scope 2, eq. 5), which also makes tokens alike in L0.
+    "token": sparsity * (2 / l0) * mean_b (L0_b - l0)^2 (Gemma Scope 2, eq. 5), which makes tokens alike in L0,
+    and so is the worse one where their number of features truly differs.
     sparsity 0 is then 2 in the first and 0.05 in the second. Their balance with the reconstruction leaves an offset of
     about price * l0 / (2 * sparsity) of l0 in the first and price / (4 * sparsity) in the second, where price is the
     error that a feature buys at that L0.
