@@ -70,9 +70,9 @@ SmolLM2-135M-Instruct expect slightly other numbers.
 
 Given by hand from the strongest contexts on held-out text; an opinion, not a measurement. `labels.json` holds
 them; `features.json` holds the strongest activation (in the units of `clamp`) and the frequency of every
-feature on that text. Clamped at its maximum, 748 turns "I woke up this morning and" into cooking, 3464 into
-scripture, and 5800 drifts into German; at twice the maximum grammar suffers. 1944 and 8180
-hardly steer.
+feature on that text. Clamped at its maximum, 345 turns "I woke up this morning and" into cooking, 1272 into
+scripture, 4915 into German, 8121 into French, 8180 into Spanish and 748 into a recipe; from twice the maximum on
+grammar suffers, and words in the smaller languages are partly made up at any strength. 4083 needs one and a half.
 
 | feature | label | maximum | fires on |
 |---|---|---|---|
