@@ -9,8 +9,8 @@
     ├── SaeDownloadError (OSError)           it may exist, but could not be fetched whole
     ├── SaeAttachError (RuntimeError)        the model's present state does not allow it
     ├── EditError (ValueError)               an edit asks for what cannot be done
+    ├── DataError (ValueError)               texts, or what was computed from them, are missing, unfit or others
     └── TrainingError (RuntimeError)         a training cannot start, or cannot go on
-        ├── DataError (ValueError)           its texts or activations are missing, unfit, or ended early
         └── CheckpointError (ValueError)     what it should go on from is broken or another training's
 
 A message says what was expected, what came, where, and what to do. The underlying exception is its `__cause__`.
@@ -53,12 +53,12 @@ class EditError(SaeError, ValueError):
     """An edit asks for what cannot be done."""
 
 
+class DataError(SaeError, ValueError):
+    """Texts, or what was computed from them, are missing, unfit, or not those that were meant."""
+
+
 class TrainingError(SaeError, RuntimeError):
     """A training cannot start, or cannot go on."""
-
-
-class DataError(TrainingError, ValueError):
-    """Texts or activations for a training are missing, unfit, or ended early."""
 
 
 class CheckpointError(TrainingError, ValueError):

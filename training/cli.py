@@ -14,7 +14,7 @@ import torch
 import typer
 
 from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model
-from sae_hooks.errors import SaeNotFoundError, TrainingError
+from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
 from sae_hooks.formats.selection import matches, placed, summary, wanted
 from sae_hooks.hub import SaeFile, find_saes, list_saes
 from sae_hooks.hub.sources import open_source
@@ -297,7 +297,7 @@ def _report_held_out(job: Job, model: Any, tokenizer: Any, saes: Mapping[str, SA
         sae.save_pretrained(job.folder(name))
     try:
         draw(report, job.out / PLOTS)
-    except TrainingError as error:  # the training was not for the pictures
+    except (TrainingError, DataError) as error:  # the training was not for the pictures
         typer.secho(f"warning: {error}", err=True, fg="yellow")
 
 
