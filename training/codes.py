@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_hooks.kernels import GPU_TOKENS, find_above
+
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
-GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
+GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
 DENSE_FROM = 0.12  # share of pairs from which the dense form is the quicker one, on CPUs
 
 Form = Literal["auto", "dense", "sparse"]
@@ -119,57 +120,44 @@ def encode(x: Tensor, W_enc: Tensor, bias: Tensor, floor: Tensor, form: Form = "
     "auto" takes the dense form where more than DENSE_FROM of the pairs would be held.
     """
     if form != "dense":
-        # The bias goes to the floor's side, less some slack for rounding, and the survivors are judged exactly.
-        slack = 4 * torch.finfo(x.dtype).eps * (floor.abs() + bias.abs())
-        loose = (floor - bias - slack).detach()
         most = DENSE_FROM if form == "auto" else 1.0
-        pairs = find_pairs(x, W_enc, bias, lambda product: above(product, loose), most)
-        if pairs is not None:
-            exact = pairs.pre > floor[pairs.features]
-            return _sparse(x, W_enc, bias, pairs if bool(exact.all()) else _kept(pairs, exact))
+        with torch.no_grad():
+            found = find_above(x, W_enc.t(), bias, floor, most=most, multiply=_multiplied_in(x))
+        if found is not None:
+            return _sparse(x, W_enc, bias, _pairs(found, len(x), W_enc.shape[1]))
     return DenseCode(_product(x, W_enc, bias))
 
 
 def encode_chosen(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Select, *, whole: bool = False) -> SparseCode:
     """The features of x (batch, d_in) that choose(pre (tokens, d_sae)) names by flat ascending indices, some tokens at
     a time, or the whole batch at once."""
-    bias_ = bias.detach()
-    pairs = find_pairs(x, W_enc, bias, lambda product: choose(product + bias_), 1.0, len(x) if whole else CHUNK)
-    assert pairs is not None
-    return _sparse(x, W_enc, bias, pairs)
+    return _sparse(x, W_enc, bias, _chosen(x, W_enc, bias, choose, len(x) if whole else CHUNK))
 
 
 @torch.no_grad()
-def find_pairs(x: Tensor, W_enc: Tensor, bias: Tensor, select: Select, most: float, chunk: int = CHUNK) -> Pairs | None:
-    """The pairs that select(x @ W_enc (chunk, d_sae)) names by flat ascending indices; None where a chunk has more than
-    the share `most` of its pairs."""
+def _chosen(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Select, chunk: int) -> Pairs:
     d_sae = W_enc.shape[1]
     found = []
     for start, part in _chunks(x, chunk):
-        product = _product(part, W_enc)
-        at = select(product)
-        if len(at) > most * product.numel():
-            return None
+        pre = _product(part, W_enc, bias)
+        at = choose(pre)
         rows = torch.div(at, d_sae, rounding_mode="floor")
-        features = at - rows * d_sae
-        found.append(((rows + start).int(), features.int(), product.view(-1).take(at) + bias[features]))
-    rows, features, pre = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Pairs(_starts(rows, len(x)), rows, features, pre, d_sae)
+        found.append((rows + start, at - rows * d_sae, pre.view(-1).take(at)))
+    rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return _pairs((rows, features, values), len(x), d_sae)
 
 
-def _product(x: Tensor, W_enc: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ W_enc (+ bias): multiplied in bfloat16 under autocast, but added to and compared in x's own precision."""
+def _multiplied_in(x: Tensor) -> torch.dtype | None:
+    """The dtype of products where it is not x's own: autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _product(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
+    """x @ W_enc + bias: multiplied in bfloat16 under autocast, but added to and compared in x's own precision."""
     if not torch.is_autocast_enabled(x.device.type):
         return F.linear(x, W_enc.t(), bias)
-    product = F.linear(x, W_enc.t()).to(x.dtype)
-    return product if bias is None else product + bias
-
-
-def above(product: Tensor, loose: Tensor) -> Tensor:
-    """Flat ascending indices of product (tokens, d_sae) > loose (d_sae)."""
-    if product.device.type == "cpu":  # torch.nonzero on a mask of this size takes several times longer than numpy
-        return torch.from_numpy(np.flatnonzero(product.numpy() > loose.numpy()))
-    return (product > loose).view(-1).nonzero().view(-1)
+    return F.linear(x, W_enc.t()).to(x.dtype) + bias
 
 
 def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -181,9 +169,9 @@ def _sparse(x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Pairs) -> SparseCode:
     return SparseCode(_Pre.apply(x, W_enc, bias, pairs), pairs)  # type: ignore[no-untyped-call]
 
 
-def _kept(pairs: Pairs, keep: Tensor) -> Pairs:
-    rows = pairs.rows[keep]
-    return Pairs(_starts(rows, pairs.batch), rows, pairs.features[keep], pairs.pre[keep], pairs.d_sae)
+def _pairs(found: tuple[Tensor, Tensor, Tensor], batch: int, d_sae: int) -> Pairs:
+    rows, features, pre = found
+    return Pairs(_starts(rows, batch), rows.int(), features.int(), pre, d_sae)
 
 
 def _starts(ids: Tensor, n: int) -> Tensor:

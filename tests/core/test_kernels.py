@@ -6,18 +6,37 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import torch_ops
+from sae_hooks.kernels import tiles, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 8 features and 3 tokens, neither a divisor of what the tests use."""
-    whole = torch_ops.tile
-    monkeypatch.setattr(torch_ops, "FEATURES_PER_TILE", 8)
-    monkeypatch.setattr(torch_ops, "TOKENS_PER_TILE", 3)
-    monkeypatch.setattr(torch_ops, "tile", lambda length, size=8: whole(length, size))
+    """Tiles of at most 3 tokens and 24 numbers, divisors of nothing that the tests use."""
+    monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
+    monkeypatch.setattr(tiles, "CPU_SIZE", 24)
+
+
+def as_torch(monkeypatch):
+    """Let no tensor be one of a CPU for the search, so that it takes the way of all other devices."""
+    class Elsewhere:
+        type = "elsewhere"
+
+    class Pre:
+        device = Elsewhere()
+
+        def __init__(self, pre):
+            self.pre = pre
+
+        def __gt__(self, other):
+            return self.pre > other
+
+        def __getitem__(self, at):
+            return self.pre[at]
+
+    plain = torch_ops.affine
+    monkeypatch.setattr(torch_ops, "affine", lambda *args: Pre(plain(*args)))
 
 
 @pytest.fixture
@@ -61,20 +80,124 @@ def test_tiles_change_which_rows_are_computed_together_and_nothing_else(parts, r
     torch.testing.assert_close(whole[2], cut[2])
 
 
-def test_no_tile_holds_more_than_its_tokens_and_features(small_tiles, parts, monkeypatch):
+def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monkeypatch):
     sizes = []
-    plain = torch_ops.linear
+    plain = torch_ops.affine
 
-    def noted(x, W_rows, bias):
-        pre = plain(x, W_rows, bias)
-        sizes.append(tuple(pre.shape))
-        return pre
+    def noted(x, rows, *rest):
+        sizes.append((len(x), len(rows)))
+        return plain(x, rows, *rest)
 
-    monkeypatch.setattr(torch_ops, "linear", noted)
+    monkeypatch.setattr(torch_ops, "affine", noted)
     encoded(parts)
-    assert len(sizes) == 4 * 5
+    assert sum(n * f for n, f in sizes) == 11 * 37
     assert max(n for n, _ in sizes) == 3
-    assert max(f for _, f in sizes) == 8
+    assert max(n * f for n, f in sizes) <= 24
+    assert min(sizes) >= (2, 7), "a thin rest"
+
+
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 13, 14, 15, 100])
+def test_slices_are_few_cover_everything_and_are_of_one_size(length):
+    cut = list(tiles.slices(length, 7))
+    sizes = [s.stop - s.start for s in cut]
+    assert [i for s in cut for i in range(s.start, s.stop)] == list(range(length))
+    assert len(cut) == -(-length // 7)
+    assert not sizes or (max(sizes) <= 7 and max(sizes) - min(sizes) <= 1)
+
+
+@pytest.mark.parametrize("few", [0, 8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("n", "d_sae"), [(1, 37), (2, 37), (3, 1), (5, 9), (8, 300), (9, 300), (40, 301)])
+def test_encode_sparse_finds_what_linear_is_above_the_threshold_bit_for_bit(monkeypatch, n, d_sae, dtype, few):
+    monkeypatch.setattr(tiles, "CPU_TOKENS", 16)
+    monkeypatch.setattr(tiles, "CPU_SIZE", 640)
+    monkeypatch.setattr(tiles, "LARGE", 0)
+    monkeypatch.setattr(tiles, "FEW", few)
+    random = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 400, generator=random).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rows, bias = torch.randn(d_sae, 400, generator=random).to(dtype), torch.randn(d_sae, generator=random)
+    pre = kernels.linear(x, rows, bias)
+    threshold = pre.quantile(0.7, dim=0, interpolation="higher")  # values that occur: equal to one, above none
+    got = kernels.encode_sparse(x, rows, bias, threshold)
+    want = kernels.nonzero_csr(torch.where(pre > threshold, pre, 0))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[2].dtype == pre.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    plain = torch.nn.functional.linear(x, rows.to(x.dtype), bias.to(x.dtype))
+    torch.testing.assert_close(pre, plain, rtol=0, atol=1e-4)
+
+
+def test_every_device_finds_the_same(small_tiles, parts, monkeypatch):
+    numpy_s, _ = encoded(parts)
+    as_torch(monkeypatch)
+    torch_s, _ = encoded(parts)
+    assert all(torch.equal(a, b) for a, b in zip(numpy_s, torch_s, strict=True))
+
+
+def test_the_layout_of_x_and_of_the_rows_makes_no_difference(small_tiles, parts):
+    plain, _ = encoded(parts)
+    wide = torch.zeros(16, 22)
+    wide[:, ::2] = parts["x"].T
+    strided = parts | {"x": wide.T[::2], "W_rows": parts["W_rows"].T.contiguous().T}
+    assert not strided["x"].is_contiguous()
+    again, _ = encoded(strided)
+    assert torch.equal(plain[0], again[0])
+    assert torch.equal(plain[1], again[1])
+    torch.testing.assert_close(plain[2], again[2])
+
+
+def test_nan_is_above_no_threshold_and_infinity_above_every(small_tiles, parts):
+    parts["x"][4, 3] = float("nan")
+    parts["x"][7, 2] = float("inf")
+    (indptr, indices, values), _ = encoded(parts)
+    counts = indptr.diff()
+    assert counts[4] == 0
+    assert indices[indptr[7]:indptr[8]].tolist() == (parts["W_rows"][:, 2] > 0).nonzero().flatten().tolist()
+    assert values[indptr[7]:indptr[8]].isinf().all()
+    assert not values.isnan().any()
+
+
+def test_no_token_has_no_features_in_the_dtype_that_is_computed_in():
+    for dtype, wide in ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.half, torch.float32)):
+        x, rows = torch.zeros(0, 4, dtype=dtype), torch.zeros(7, 4, dtype=dtype)
+        csr = kernels.encode_sparse(x, rows, torch.zeros(7), torch.zeros(7))
+        assert [part.tolist() for part in csr] == [[0], [], []]
+        assert [part.dtype for part in csr] == [torch.int64, torch.int64, wide]
+        assert kernels.linear(x, rows, torch.zeros(7)).shape == (0, 7)
+
+
+def test_autocast_changes_nothing(parts):
+    plain, pre = encoded(parts)[0], kernels.linear(parts["x"], parts["W_rows"], parts["bias"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(encoded(parts)[0], plain, strict=True))
+        assert torch.equal(kernels.linear(parts["x"], parts["W_rows"], parts["bias"]), pre)
+
+
+def test_values_and_pre_activations_carry_gradients(small_tiles, parts):
+    x = parts["x"].requires_grad_()
+    (_, _, values), threshold = encoded(parts)
+    pre = kernels.linear(x, parts["W_rows"], parts["bias"])
+    (sparse,) = torch.autograd.grad(values.square().sum(), x)
+    (dense,) = torch.autograd.grad((pre * (pre > threshold)).square().sum(), x)
+    torch.testing.assert_close(sparse, dense)
+    assert dense.any()
+
+
+def test_find_above_gives_up_where_a_tile_of_tokens_has_more_than_the_share_asked_for(small_tiles, parts):
+    args = parts["x"], parts["W_rows"], parts["bias"], torch.zeros(37)
+    rows, columns, values = kernels.find_above(*args)
+    pre = kernels.linear(*args[:3])
+    want = (pre > 0).nonzero(as_tuple=True)
+    assert torch.equal(rows, want[0])
+    assert torch.equal(columns, want[1])
+    assert torch.equal(values, pre[want])
+    assert kernels.find_above(*args, most=0.9) is not None
+    assert kernels.find_above(*args, most=0.1) is None
+
+
+def test_a_product_made_in_bfloat16_is_added_to_and_compared_in_float32():
+    x, rows, bias = torch.tensor([[1.001]]), torch.tensor([[1.0]]), torch.tensor([2.0**-12])
+    _, _, values = kernels.find_above(x, rows, bias, torch.tensor([1.0]), multiply=torch.bfloat16)
+    assert values.tolist() == [1 + 2.0**-12]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +238,7 @@ def test_nonzero_csr_is_the_csr_of_what_is_not_zero():
 
 
 def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch):
-    monkeypatch.setattr(kernels.torch_ops, "TOKENS_PER_TILE", 4)
+    monkeypatch.setattr(torch_ops, "TOPK_SIZE", 4 * 24)
     generator = torch.Generator().manual_seed(0)
     x, rows = torch.randn(11, 8, generator=generator), torch.randn(24, 8, generator=generator)
     bias = torch.full((24,), -2.0)  # so that many tokens have fewer than k positive ones

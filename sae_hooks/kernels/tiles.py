@@ -1,0 +1,82 @@
+"""Pre-activations, a tile at a time: how large tiles are, and the one product that all of the library decides by.
+
+Products accumulate in float32 (float64 if both sides are) whatever the weights are stored in: half-precision rows are
+widened a tile at a time, because a rounding error at the threshold is an error of the threshold's size, and because
+half-precision matrix products are 5 to 14 times slower than float32 on CPUs without such instructions. torch.autocast
+changes nothing.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
+GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
+FEW = 8  # tokens, up to which the BLAS is the faster one with sides swapped (2 to 4 times at 2 and 3 tokens) ...
+LARGE = 2**22  # ... where the rows are too many numbers for a core's cache
+SHORT = 1536  # d_in, up to which the product of one token is slower (1.1 to 1.8 times) than that of two, swapped
+
+
+def wide(x: Tensor, weights: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 where both sides are."""
+    both = x.dtype == weights.dtype == torch.float64
+    return torch.float64 if both else torch.float32
+
+
+def slices(length: int, most: int) -> Iterator[slice]:
+    """As few slices as cover range(length) with at most `most` each, of about one size: no thin rest."""
+    count = -(-length // most)
+    return (slice(length * i // count, length * (i + 1) // count) for i in range(count))
+
+
+def token_tiles(x: Tensor) -> Iterator[slice]:
+    """The tokens of x (n, d_in) that are taken together."""
+    return slices(len(x), CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
+
+
+def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
+    """The features that are taken together for a tile of tokens x (n, d_in)."""
+    return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
+
+
+def affine(x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None) -> Tensor:
+    """x @ rows.T + bias (n, features) in x's dtype, contiguous; multiplied in the dtype `multiply`, where one is given.
+
+    x and bias are of one dtype, float32 or float64, rows of any.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return affine(x, rows, bias, multiply)
+    if multiply is not None:
+        return F.linear(x.to(multiply), rows.to(multiply)).to(x.dtype) + bias
+    rows = rows.to(x.dtype)
+    if len(x) <= FEW and rows.numel() >= LARGE and x.device.type == "cpu":
+        return _swapped(x, rows, bias)
+    return F.linear(x, rows, bias)
+
+
+def _swapped(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """affine of a few tokens and many rows."""
+    if len(x) > 1:
+        return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
+    if x.shape[1] <= SHORT:
+        return torch.addmm(bias[:, None], rows, x.repeat(2, 1).T).T[:1].contiguous()
+    return F.linear(x, rows, bias)
+
+
+def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
+    """Pre-activations (n, d_sae) of x (n, d_in): x @ W_rows.T + bias, in float32 or wider.
+
+    Made of the very products that encode_sparse compares, so that both find the same features.
+    """
+    dtype = wide(x, W_rows)
+    x, bias = x.to(dtype), bias.to(dtype)
+    tiles = [(t, f) for t in token_tiles(x) for f in feature_tiles(x[t], len(W_rows))]
+    if len(tiles) == 1:
+        return affine(x, W_rows, bias)
+    pre = x.new_empty(len(x), len(W_rows))
+    for t, f in tiles:
+        pre[t, f] = affine(x[t], W_rows[f], bias[f])
+    return pre
