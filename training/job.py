@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sae_hooks.documents import prefix_ids
 from sae_hooks.errors import CheckpointError, DataError
 from sae_hooks.formats.saelens import CONFIG
 from sae_hooks.hub.safe_files import json_bytes, parse_json, write_atomically
@@ -27,11 +28,11 @@ from sae_hooks.sites import alias, resolve
 from .assess import FirstTokens, Text
 from .learner import Trainee
 from .live import LiveStream
-from .parallel import ALONE, Parallel
+from .parallel import ALONE, Parallel, stated
 from .recipes import Recipe
 from .shards import harvest_infos, launched_share, write_shards
 from .stream import CachedStream, Stream
-from .text import Windows, prefix_ids
+from .text import Windows
 from .trainer import train
 
 RECORD = "training.json"
@@ -118,12 +119,13 @@ class Job:
                 "shuffled": self.text.shuffled, "context": self.context, "cached": self.cache is not None,
                 "seed": self.seed}
 
-    def run(self, model: nn.Module, tokenizer: Any, device: str | torch.device = "cpu", *, parallel: Parallel = ALONE,
-            progress: bool = True) -> dict[str, SAE]:
+    def run(self, model: nn.Module, tokenizer: Any, device: str | torch.device = "cpu", *,
+            parallel: Parallel | None = None, progress: bool = True) -> dict[str, SAE]:
         """Harvest, train and save: {name: SAE}; goes on where an earlier call stopped. Raises what `train` raises.
 
         Several processes do it together, each with its `parallel`; the main one saves.
         """
+        parallel = stated(parallel)
         shown = progress and parallel.main
         stream = self.stream(model, tokenizer, device, parallel=parallel, progress=shown)
         saes = train(stream, self.trainees(), self.recipe.config(), self.out, device=device, progress=shown,

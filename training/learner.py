@@ -153,10 +153,12 @@ class Learner:
         return sae, {name: whole(name, t) for name, t in self.extra.items()}
 
     def update(self, rows: Mapping[str, Tensor], step: int, rate: float) -> Loss:
-        """One step of Adam on rows {site: (batch, d)}, at `rate` times the learning rate. Raises TrainingError, with
-        nothing changed, where the loss is not finite."""
+        """One step of Adam on rows {site: (batch, d)}, at `rate` times the learning rate. Raises, with nothing changed
+        and in all processes the same, DataError where activations are not finite, TrainingError where the loss is
+        not."""
         batch = Batch(x=rows[self.source], target=rows[self.target], step=step, idle=self.idle,
                       over_shards=self.parallel.over_shards, over_batches=self.parallel.over_batches,
+                      of_batches=self.parallel.of_batches, share=self.parallel.batch_share,
                       first_feature=self.parallel.shard * self.sae.d_sae)
         with torch.autocast(self.sae.device.type, torch.bfloat16, enabled=self.trainee.bf16):
             loss = self._agreed(self.objective(self.sae, batch, self.extra))
@@ -189,12 +191,16 @@ class Learner:
         return {name: t for name, t in self.trained.items() if name != "log_threshold"} | (
             {"threshold": threshold} if "log_threshold" in self.trained and threshold is not None else {})
 
-    def _complaint(self, loss: Loss, rows: Mapping[str, Tensor], step: int) -> TrainingError:
-        """Why the loss is not finite."""
+    def _complaint(self, loss: Loss, rows: Mapping[str, Tensor], step: int) -> TrainingError | DataError:
+        """Why the loss is not finite, and which process read what made it so: the same in all."""
         for site in (self.source, self.target):
-            if bad := int((~rows[site].isfinite()).any(1).sum()):
-                return DataError(f"{bad} of {len(rows[site])} activations of {site} at step {step} are not finite; "
-                                 "harvest them again, with the model in bfloat16 or float32")
+            mine = rows[site][self.parallel.shard::self.parallel.shards]  # of the rows here, those that were read here
+            bad = self.parallel.told(int((~mine.isfinite()).any(1).sum()))
+            if any(bad):
+                readers = [i for i, n in enumerate(bad) if n]
+                where = f", read by process {', '.join(map(str, readers))} of {len(bad)}," if len(bad) > 1 else ""
+                return DataError(f"{sum(bad)} of {len(mine) * len(bad)} activations of {site} at step {step}{where} "
+                                 "are not finite; harvest them again, with the model in bfloat16 or float32")
         return TrainingError(f"{self.trainee.name}: the loss is {float(loss.total.detach())} at step {step} "
                              f"(reconstruction {float(loss.reconstruction):.3g}, L0 {float(loss.l0):.3g}); lower the "
                              f"learning rate ({self.trainee.learning_rate:g})")

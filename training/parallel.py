@@ -8,6 +8,7 @@ Backward they exchange nothing but the gradients of b_dec and the skip.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
@@ -58,6 +59,11 @@ class Parallel:
     def shard(self) -> int:
         """Which of them is here."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(FEATURES)
+
+    @property
+    def batch_share(self) -> tuple[int, int]:
+        """(i, n): the i-th of n parts of a batch is here."""
+        return (0, 1) if self.mesh is None else (self.mesh.get_local_rank(BATCH), self.batches)
 
     @property
     def main(self) -> bool:
@@ -121,6 +127,10 @@ class Parallel:
             dist.all_reduce(t)
             t /= self.mesh.size()
         return t
+
+    def of_batches(self, t: Tensor) -> Tensor:
+        """The tensors of all parts of a batch, one beside the other: (batches, ...)."""
+        return self._gathered(t[None], BATCH) if self.batches > 1 else t[None]
 
     def part(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{site: rows (n, d)} of the processes that share the features, from what each of them has read."""
@@ -188,11 +198,18 @@ class Parallel:
         except Exception as raised:
             error = raised
         if self.any(error is not None):
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, None if error is None else (type(error).__name__, str(error)))
+            told = self.told(None if error is None else (type(error).__name__, str(error)))
             i, (kind, text) = next((i, found) for i, found in enumerate(told) if found)
             raise error or getattr(errors, kind, TrainingError)(f"process {i} of {len(told)}: {kind}: {text}")
         return result
+
+    def told(self, value: Any) -> list[Any]:
+        """What each process says, in their order; it must be picklable."""
+        found = [value]
+        if self.mesh is not None:
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, value)
+        return found
 
     def by_main(self, do: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """do(...) in the main process; its result, which must be picklable, in all."""
@@ -222,6 +239,17 @@ def parallel(shards: int = 1) -> Parallel:
         return Parallel()
     kind = "cpu" if dist.get_backend() == "gloo" else Parallel().device.type
     return Parallel(init_device_mesh(kind, (processes // shards, shards), mesh_dim_names=(BATCH, FEATURES)))
+
+
+def stated(given: Parallel | None) -> Parallel:
+    """What a training was given, or, if nothing, a process that stands alone. Raises TrainingError for nothing where a
+    launcher has started several: each would do the whole training, in the same folder."""
+    if given is None and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise TrainingError(
+            f"{processes} processes were launched (WORLD_SIZE), and this training was not told whether they train "
+            "together: make p = parallel(), and give parallel=p, device=p.device, and the stream share=p.share. For "
+            "trainings that have nothing to do with each other give parallel=Parallel(), and each a folder of its own")
+    return given or ALONE
 
 
 def is_per_feature(name: str, t: Tensor) -> bool:

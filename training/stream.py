@@ -6,7 +6,9 @@ A `CachedStream` reads shards on disk (shards.py); a `LiveStream` (live.py) runs
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -91,11 +93,42 @@ class _Order:
         return self._pool[1]
 
 
+class _Epochs:
+    """Epochs over rows that may become more: what is new comes after the rest of the epoch in which it is met, shuffled
+    among itself, and from the next epoch on among all. `ends`: (epoch, rows) from when on there are so many."""
+
+    def __init__(self, ends: Sequence[tuple[int, int]], seed: int) -> None:
+        self.ends, self.seed = list(ends), seed
+        self._orders: dict[int, _Order] = {}
+
+    def rows(self, epoch: int) -> int:
+        """How many an epoch has."""
+        return self._bounds(epoch)[-1]
+
+    def take(self, epoch: int, start: int, stop: int) -> Rows:
+        """The rows at places start ... stop - 1 of an epoch's order."""
+        bounds, parts = self._bounds(epoch), []
+        for first, end in pairwise(bounds):
+            begin, until = max(start, first) - first, min(stop, end) - first
+            if begin < until:
+                parts.append(first + self._order(end - first).take(epoch, begin, until))
+        return np.concatenate(parts)
+
+    def _bounds(self, epoch: int) -> list[int]:
+        """Where the parts of an epoch's order, which are shuffled apart, begin and end."""
+        known = [rows for begun, rows in self.ends if begun < epoch] or [self.ends[0][1]]
+        return [0, known[-1], *(rows for begun, rows in self.ends[1:] if begun == epoch)]
+
+    def _order(self, rows: int) -> _Order:
+        return self._orders.setdefault(rows, _Order(rows, self.seed))
+
+
 class CachedStream:
     """Shards on disk as a `Stream`: epochs over all rows, each row once an epoch, in an order of seed and epoch alone.
 
     Batches run over from one epoch into the next. Nothing but the order of a million rows is held in memory: the
-    shards are mapped, and many processes may read them at once.
+    shards are mapped, and many processes may read them at once. A stream that goes on where another one stood may have
+    more shards after those: their rows come at the end of that epoch, and the scale stays what it was.
     """
 
     def __init__(self, folders: str | Path | Sequence[str | Path], sites: Sequence[str] | None = None, *,
@@ -113,14 +146,17 @@ class CachedStream:
         found = [{name: Shards(path / name) for name in names} for path in paths]
         for shards in found:
             _check_together(shards, found[0])
-        self._parts = {name: [x for shards in found for x in _common(shards, name)] for name in names}
+        common = {name: [_common(shards, name) for shards in found] for name in names}
+        self._infos = {name: [shards[name].info for shards in found] for name in names}
+        self._parts = {name: [x for parts in folders for x in parts.values()] for name, folders in common.items()}
+        self._names = [name for parts in common[names[0]] for name in parts]
         self._ends = np.cumsum([len(x) for x in self._parts[names[0]]])
-        self.sites: Mapping[str, SiteInfo] = {name: _joined([shards[name] for shards in found]) for name in names}
+        self._folder_ends = np.cumsum([sum(map(len, parts.values())) for parts in common[names[0]]])
         self.model_name = found[0][names[0]].info.model_name
         self.rows = min(int(self._ends[-1]), max_tokens or int(self._ends[-1]))
         self.epochs, self._share, self._device = epochs, share, torch.device(device)
-        self._order, self._epoch, self._place = _Order(self.rows, seed), 0, 0
-        self._source = _digest((seed, self.rows, names, self._ends.tolist(), self.sites))
+        self._order, self._epoch, self._place = _Epochs([(0, self.rows)], seed), 0, 0
+        self.sites: Mapping[str, SiteInfo] = self._measured(self.rows)
 
     def next(self, size: int) -> dict[str, Tensor]:
         """{site: float32 (size, d_in)} on the stream's device, or this share of it; see `Stream.next`."""
@@ -133,33 +169,63 @@ class CachedStream:
 
     def state_dict(self) -> State:
         """Its place, which is the same in every share."""
-        return {"epoch": self._epoch, "place": self._place, "source": self._source}
+        return {"epoch": self._epoch, "place": self._place, "rows": json.dumps(self._order.ends),
+                "source": self._source(self._order.ends)}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | float | str]) -> None:
-        """Go on at another stream's place; see `Stream.load_state_dict`."""
-        if state["source"] != self._source:
+        """Go on at another stream's place; see `Stream.load_state_dict`. What it read must stand first here: the rows
+        after that, of shards that were harvested since, come at the end of its epoch."""
+        ends = [(int(epoch), int(rows)) for epoch, rows in json.loads(str(state.get("rows", "[]")))]
+        if not ends or ends[-1][1] > self.rows or state["source"] != self._source(ends):
             raise CheckpointError(
-                f"the training that is to go on read other activations than these {self.rows:,} rows of "
-                f"{', '.join(self.sites)}: give the same folders, sites, seed and max_tokens, or start anew"
+                f"the training that is to go on read other activations than the first of these {self.rows:,} rows of "
+                f"{', '.join(self.sites)}: give the same folders, sites, seed and max_tokens, or start anew. More "
+                "shards may only come after those that it read"
             )
         self._epoch, self._place = int(state["epoch"]), int(state["place"])
+        self._order, self.sites = _Epochs(ends, self._order.seed), self._measured(ends[0][1])
+        if self.rows > ends[-1][1]:
+            self._grow()
+
+    def _grow(self) -> None:
+        if self._epoch and not self._place:  # else what is new would miss the epoch that has just ended
+            self._epoch, self._place = self._epoch - 1, self._order.rows(self._epoch - 1)
+        self._order.ends.append((self._epoch, self.rows))
+
+    def _measured(self, rows: int) -> dict[str, SiteInfo]:
+        """The scale of the first rows: one that changed on the way would make other features of the same weights."""
+        weights = np.diff(np.minimum(self._folder_ends, rows), prepend=0)
+        return {name: _joined([info.measured for info in infos], weights) for name, infos in self._infos.items()}
+
+    def _source(self, ends: Sequence[tuple[int, int]]) -> str:
+        """Of all that the rows before the last of `ends`, and their order, depend on."""
+        rows = ends[-1][1]
+        shards, folders = (int(np.searchsorted(all_, rows)) + 1 for all_ in (self._ends, self._folder_ends))
+        infos = {name: found[:folders] for name, found in self._infos.items()}
+        read = [*zip(self._names[:shards], np.minimum(self._ends, rows).tolist(), strict=False)]
+        return _digest((self._order.seed, list(ends), infos, read))
 
     def _check_left(self, size: int) -> None:
-        seen = self._epoch * self.rows + self._place
-        if self.epochs is not None and seen + size > self.epochs * self.rows:
+        if self.epochs is None:
+            return
+        counts = [self._order.rows(epoch) for epoch in range(max(self.epochs, self._epoch))]
+        seen = sum(counts[:self._epoch]) + self._place
+        if (left := max(0, sum(counts) - seen)) < size:
             raise DataError(
-                f"the activations ended: {seen:,} tokens were read, which is {self.epochs} x {self.rows:,}, but for "
-                f"the rest of a batch of {size:,}. Harvest more, or read them again with epochs= (None: without end)"
+                f"the activations ended: {seen:,} tokens were read, each of {self.rows:,} up to {self.epochs} times, "
+                f"and the {left:,} left do not fill a batch of {size:,}. Harvest more into the same folder, or read "
+                "them again with epochs= (None: without end); the same training then goes on"
             )
 
     def _advance(self, size: int) -> Rows:
         """The next `size` rows of the whole stream, across epochs."""
         parts = []
         while size:
-            stop = min(self._place + size, self.rows)
+            rows = self._order.rows(self._epoch)
+            stop = min(self._place + size, rows)
             parts.append(self._order.take(self._epoch, self._place, stop))
             size -= stop - self._place
-            self._epoch, self._place = (self._epoch + 1, 0) if stop == self.rows else (self._epoch, stop)
+            self._epoch, self._place = (self._epoch + 1, 0) if stop == rows else (self._epoch, stop)
         return np.concatenate(parts)
 
 
@@ -183,15 +249,15 @@ def _sites_in(folder: Path) -> list[str]:
     return found
 
 
-def _common(shards: Mapping[str, Shards], site: str) -> list[Tensor]:
-    """The site's shards that every site has; a harvest that is being made may have one more at some."""
+def _common(shards: Mapping[str, Shards], site: str) -> dict[str, Tensor]:
+    """The site's shards that every site has, by name; a harvest that is being made may have one more at some."""
     names = set.intersection(*(set(s.names) for s in shards.values()))
-    return [x for name, x in zip(shards[site].names, shards[site].parts, strict=True) if name in names]
+    return {name: x for name, x in zip(shards[site].names, shards[site].parts, strict=True) if name in names}
 
 
 def _check_together(shards: Mapping[str, Shards], others: Mapping[str, Shards]) -> None:
     """Raise DataError unless the sites' rows are of the same tokens, and of the same model as the other folder's."""
-    lengths = {site: [len(x) for x in _common(shards, site)] for site in shards}
+    lengths = {site: [len(x) for x in _common(shards, site).values()] for site in shards}
     stated = {s.info.sites for s in shards.values() if s.info.sites}
     apart = len({tuple(n) for n in lengths.values()}) > 1 or any(set(shards) - set(sites) for sites in stated)
     if apart or len(stated) > 1 or not sum(next(iter(lengths.values()))):
@@ -203,12 +269,10 @@ def _check_together(shards: Mapping[str, Shards], others: Mapping[str, Shards]) 
             raise DataError(f"the folders hold harvests of different models: {site} is of {there} and of {here}")
 
 
-def _joined(shards: Sequence[Shards]) -> SiteInfo:
-    """One scalar for several harvests of a site: the root mean square of all their rows."""
-    infos = [s.info.measured for s in shards]
+def _joined(infos: Sequence[SiteInfo], weights: Rows) -> SiteInfo:
+    """One scalar for several harvests of a site: the root mean square of all their rows, of which there are weights."""
     if len(infos) == 1:
         return infos[0]
-    weights = [len(s) for s in shards]
     rms = float(np.sqrt(np.average([i.rms_norm**2 for i in infos], weights=weights)))
     typical = float(np.average([i.typical_norm for i in infos], weights=weights))
     return SiteInfo(d_in=infos[0].d_in, rms_norm=rms, typical_norm=typical)

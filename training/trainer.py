@@ -21,7 +21,7 @@ from sae_hooks.errors import CheckpointError, DataError, TrainingError
 from sae_hooks.sae import SAE
 
 from .learner import Learner, TrainConfig, Trainee
-from .parallel import ALONE, Parallel
+from .parallel import Parallel, stated
 from .progress import Log, Progress
 from .schedules import cosine_warmup, linear_end
 from .sharded import load_shards, save_shards
@@ -32,7 +32,7 @@ FREE = ("report_every", "checkpoint_every")  # what a training may change when i
 
 def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, folder: str | Path | None = None, *,
           log: Log = lambda row: None, device: torch.device | str = "cpu", progress: bool = True,
-          parallel: Parallel = ALONE) -> dict[str, SAE]:
+          parallel: Parallel | None = None) -> dict[str, SAE]:
     """Train every trainee on the stream's activations: {name: plain SAE for raw activations}.
 
     With a folder, checkpoints go to folder/checkpoints and a line of JSON a report to folder/metrics.jsonl; the same
@@ -41,12 +41,15 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
 
     Several processes, each with its `parallel` and a stream of parallel.share, on parallel.device, train together what
     one would, but for rounding: batch_size is that of all, any number goes on from a checkpoint, one of them reports,
-    and all stop, fail and get the SAEs together. BatchTopK alone selects within each process' rows.
+    and all stop, fail and get the SAEs together. parallel=Parallel() trains alone, whatever a launcher has started:
+    give each such process a folder of its own.
 
-    Raises TrainingError where a loss is not finite, the disk is full or a trainee asks for a site that the stream has
-    not, CheckpointError for the checkpoints of another training: what was saved before stays. Raises DataError where
-    the texts end early, and saves what is done.
+    Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has not
+    or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
+    training: what was saved before stays. Raises DataError where activations are not finite, or the texts end early:
+    what is done is saved then, and more text or activations let it go on.
     """
+    parallel = stated(parallel)
     _check(config)
     learners = _learners(stream, trainees, device, parallel)
     place = None if folder is None else Path(folder)

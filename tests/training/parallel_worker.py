@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from sae_hooks.errors import CheckpointError, DataError, TrainingError
 from sae_hooks.sae import SAE
 from sae_hooks.training import CachedStream, Stream, TrainConfig, Trainee, load_checkpoint, train
 from sae_hooks.training.learner import Learner
+from sae_hooks.training.objectives import Batch
+from sae_hooks.training.objectives.topk import largest_of_all
 from sae_hooks.training.parallel import Parallel, parallel
 from sae_hooks.training.sharded import load_shards, save_shards
 
@@ -43,8 +46,8 @@ def check(function: Callable[[Parallel, Path], None]) -> Callable[[Parallel, Pat
 
 def some(par: Parallel) -> list[Trainee]:
     """Trainees that several processes can train as one would."""
-    inexact = ("batchtopk", "bf16")  # the one selects among a process' rows, the other rounds its sums
-    return [t for t in streams.trainees() if t.name not in inexact and (par.shards == 1 or t.objective.shardable)]
+    return [t for t in streams.trainees() if t.name != "bf16"  # which rounds its sums
+            and (par.shards == 1 or t.objective.shardable)]
 
 
 def stored(folder: Path, par: Parallel, **changes: Any) -> CachedStream:
@@ -126,7 +129,7 @@ def starts(par: Parallel, folder: Path) -> None:
 @check
 def refusals(par: Parallel, folder: Path) -> None:
     """What cannot be split is refused, and says what to do."""
-    def said(par: Parallel, stream: Stream, trainee: Trainee, **changes: Any) -> str:
+    def said(par: Parallel | None, stream: Stream, trainee: Trainee, **changes: Any) -> str:
         return str(raised(TrainingError)(lambda: run(par, stream, None, [trainee], **changes)))
 
     assert "multiple of 3" in str(raised(TrainingError)(lambda: parallel(3)))
@@ -135,31 +138,41 @@ def refusals(par: Parallel, folder: Path) -> None:
         assert "shards=1" in said(par, stored(folder, par), replace(trainee, objective=streams.OBJECTIVES["topk"]))
         assert "25 features" in said(par, stored(folder, par), replace(trainee, d_sae=25))
     assert "share=parallel.share" in said(par, stored(folder, Parallel()), trainee)
+    assert "parallel=p" in said(None, stored(folder, par), trainee)
     assert "multiple" in said(par, stored(folder, par), trainee, batch_size=41)
+
+
+@check
+def largest(par: Parallel, folder: Path) -> None:
+    """BatchTopK keeps the largest of all processes, wherever they are."""
+    i, n = par.batch_share
+    none = torch.empty(0)
+    batch = Batch(x=none, target=none, step=0, idle=none, of_batches=par.of_batches, share=par.batch_share)
+    g = torch.Generator().manual_seed(1)
+    mixed, apart, few = torch.randn(6, 7, generator=g), torch.rand(6, 7, generator=g), -torch.rand(6, 7, generator=g)
+    apart[0::2] += 1
+    few[:4] += 0.2
+    for whole, wanted in ((mixed, 12), (apart, 12), (few, int((few > 0).sum())), (-apart, 0)):
+        at = largest_of_all(2, batch)(whole[i::n].contiguous())
+        found = torch.zeros_like(whole)
+        found[i::n] = torch.zeros_like(whole[i::n]).view(-1).index_fill(0, at, 1.0).view(-1, 7)
+        if n > 1:
+            dist.all_reduce(found)
+        assert found.view(-1).nonzero().view(-1).tolist() == whole.view(-1).topk(wanted).indices.sort().values.tolist()
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
-class Watched:
+def watched(stream: Stream, step: int, do: Callable[[], object], rank: int) -> streams.Watched:
     """A stream that does something before a step, in one process."""
-
-    def __init__(self, stream: Stream, step: int, do: Callable[[], object], rank: int) -> None:
-        self.stream, self.left, self.do, self.rank = stream, step, do, rank
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def next(self, size: int) -> dict[str, Tensor]:
-        if self.left == 0 and dist.get_rank() == self.rank:
-            self.do()
-        self.left -= 1
-        return self.stream.next(size)
+    return streams.Watched(stream, step if dist.get_rank() == rank else -1, do)
 
 
-def run(par: Parallel, stream: Stream, folder: Path | None, trainees: list[Trainee] | None = None,
+def run(par: Parallel | None, stream: Stream, folder: Path | None, trainees: list[Trainee] | None = None,
         **changes: Any) -> dict[str, SAE]:
-    return train(stream, trainees or some(par), replace(CONFIG, **changes), folder, progress=False, parallel=par)
+    config = replace(CONFIG, **changes)
+    return train(stream, trainees or some(par or Parallel()), config, folder, progress=False, parallel=par)
 
 
 def interrupt() -> None:
@@ -175,8 +188,8 @@ def interrupted(par: Parallel, folder: Path) -> None:
         interrupt()
 
     wanted = run(par, stored(folder, par), folder / "whole")
-    watched = Watched(stored(folder, par), 3, twice, rank=dist.get_world_size() - 1)
-    error = raised(KeyboardInterrupt)(lambda: run(par, watched, folder))
+    stopped = watched(stored(folder, par), 3, twice, rank=dist.get_world_size() - 1)
+    error = raised(KeyboardInterrupt)(lambda: run(par, stopped, folder))
     assert "after step 4 of 6" in str(error), error
     dist.barrier()
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000004"]
@@ -184,7 +197,7 @@ def interrupted(par: Parallel, folder: Path) -> None:
     found = run(par, stored(folder, par), folder)
 
     assert streams.unequal(found, wanted) == []
-    alone = train(stored(folder, Parallel()), some(par), CONFIG, folder / f"alone-{dist.get_rank()}", progress=False)
+    alone = run(Parallel(), stored(folder, Parallel()), folder / f"alone-{dist.get_rank()}", some(par))
     for name, sae in alone.items():
         for key, t in streams.tensors(sae).items():
             assert_close(streams.tensors(found[name])[key], t, 2e-4, f"{name} {key}")
@@ -211,14 +224,18 @@ def reporters(par: Parallel, folder: Path) -> None:
 
 @check
 def not_finite(par: Parallel, folder: Path) -> None:
-    """A number that is not finite, in one process, ends all of them."""
-    def spoil() -> None:
-        stream.stream.sites = spoiled  # its rows are divided by 0 from now on
+    """A number that is not finite, in one process, ends all of them; all say who read it."""
+    def spoiled(step: int) -> None:
+        def spoil() -> None:
+            stream.stream.sites = {site: replace(info, rms_norm=0.0) for site, info in stream.sites.items()}
 
-    stream = Watched(stored(folder, par), 2, spoil, rank=1)
-    spoiled = {site: replace(info, rms_norm=0.0) for site, info in stream.sites.items()}
-    error = raised(TrainingError)(lambda: run(par, stream, folder, some(par)[:2]))
-    assert "at step 2" in str(error), error
+        stream = watched(stored(folder, par), step, spoil, rank=1)
+        run(par, stream, folder / str(step), some(par)[:2])
+
+    for step in (0, 2):
+        error = raised(DataError)(partial(spoiled, step))
+        said = f"20 of 40 activations of {streams.IN} at step {step}, read by process 1 of 2, are not finite"
+        assert said in str(error), error
     assert par.any(True)  # they are still in step
 
 
@@ -228,7 +245,7 @@ def texts_that_end(par: Parallel, folder: Path) -> None:
     def end() -> None:
         raise DataError("the texts ended")
 
-    stream = Watched(stored(folder, par), 3, end, rank=1)
+    stream = watched(stored(folder, par), 3, end, rank=1)
     error = raised(DataError)(lambda: run(par, stream, folder, some(par)[:2]))
     assert "the texts ended" in str(error)
     found = load_shards(folder / "checkpoints", par)
@@ -245,14 +262,13 @@ def live_streams(par: Parallel, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")
     trainees = some(par)[:2]
     wanted = run(par, streams.live(model, share=par.share), None, trainees)
-    watched = Watched(streams.live(model, share=par.share), 2, interrupt, rank=0)
-    raised(KeyboardInterrupt)(lambda: run(par, watched, folder, trainees))
+    stopped = watched(streams.live(model, share=par.share), 2, interrupt, rank=0)
+    raised(KeyboardInterrupt)(lambda: run(par, stopped, folder, trainees))
 
     found = run(par, streams.live(model, share=par.share), folder, trainees)
 
     assert streams.unequal(found, wanted) == []
-    one = streams.live(model)
-    raised(CheckpointError)(lambda: train(one, trainees, CONFIG, folder, progress=False))
+    raised(CheckpointError)(lambda: run(Parallel(), streams.live(model), folder, trainees))
 
 
 @check

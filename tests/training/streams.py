@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sae_hooks.training import (
     JumpReLU,
     ReLU,
     SiteInfo,
+    Stream,
     TanhJumpReLU,
     TopK,
     Trainee,
@@ -122,6 +123,23 @@ def unequal(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> l
     return [name for name, sae in some.items()
             if tensors(sae).keys() != tensors(others[name]).keys()
             or not all(torch.equal(t, tensors(others[name])[key]) for key, t in tensors(sae).items())]
+
+
+class Watched:
+    """Another stream, that does something before a step."""
+
+    def __init__(self, stream: Stream, step: int, do: Callable[[], object]) -> None:
+        self.stream, self.left, self.do = stream, step, do
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def next(self, size: int) -> dict[str, Tensor]:
+        """The other's next rows."""
+        if self.left == 0:
+            self.do()
+        self.left -= 1
+        return self.stream.next(size)
 
 
 class Synthetic:

@@ -316,7 +316,7 @@ def test_a_text_that_ends_early_is_an_error_and_more_text_goes_on_from_there(
 
 def test_a_batch_that_is_larger_than_the_data_is_named_at_once(
         shards: Path, run: Path, tiny_gemma2_loaded: Gemma2ForCausalLM) -> None:
-    with pytest.raises(DataError, match=r"1 x 600.* batch of 700"):
+    with pytest.raises(DataError, match=r"each of 600 .* batch of 700"):
         trained(streams.cached(shards, epochs=1), run, batch_size=700)
     with pytest.raises(DataError, match=r"buffer of 200 tokens cannot give batches of 700.*larger buffer_tokens"):
         trained(streams.live(tiny_gemma2_loaded), run, batch_size=700)

@@ -25,9 +25,9 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
 BATCHES, FEATURES = 1, 2  # how many of two processes share the features
 
-TWO = ["steps", "starts", "refusals", "interrupted", "reporters", "not_finite", "diverged", "texts_that_end",
+TWO = ["steps", "starts", "largest", "refusals", "interrupted", "reporters", "not_finite", "diverged", "texts_that_end",
        "live_streams", "resharding", "broken_checkpoints", "a_full_disk"]
-FOUR = ["steps", "starts", "resharding"]
+FOUR = ["steps", "starts", "largest", "resharding"]
 
 Outcome = Callable[[str, int], str]
 
@@ -75,6 +75,11 @@ def test_what_the_first_batch_decides_has_the_bits_of_one_process(two: Outcome, 
 
 
 @either
+def test_batchtopk_keeps_the_largest_of_all_processes_wherever_they_are(two: Outcome, shards: int) -> None:
+    assert two("largest", shards) == ""
+
+
+@either
 def test_what_cannot_be_split_is_refused(two: Outcome, shards: int) -> None:
     assert two("refusals", shards) == ""
 
@@ -91,7 +96,7 @@ def test_one_process_reports(two: Outcome, shards: int) -> None:
 
 
 @either
-def test_a_loss_that_is_not_finite_in_one_process_ends_all(two: Outcome, shards: int) -> None:
+def test_where_activations_are_not_finite_all_processes_end_and_say_who_read_them(two: Outcome, shards: int) -> None:
     assert two("not_finite", shards) == ""
 
 
@@ -165,3 +170,30 @@ def test_rows_that_are_not_the_whole_batch_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match=r"share=parallel\.share"):
         train(stream, streams.trainees()[:1], TrainConfig(steps=2, batch_size=40), progress=False)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher tells each of two processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def test_a_script_that_forgets_parallel_under_a_launcher_is_refused_before_anything_is_written(
+        one_of_two: None, tmp_path: Path) -> None:
+    stream = streams.cached(streams.store(tmp_path / "store"))
+
+    with pytest.raises(TrainingError, match=r"2 processes were launched .*parallel=p, .*share=p.share"):
+        train(stream, streams.trainees()[:1], TrainConfig(steps=2, batch_size=40), tmp_path / "run", progress=False)
+
+    assert not (tmp_path / "run").exists()
+    assert stream.state_dict() == streams.cached(tmp_path / "store").state_dict()
+
+
+def test_under_a_launcher_a_process_trains_alone_if_it_says_so(one_of_two: None, tmp_path: Path) -> None:
+    config = TrainConfig(steps=2, batch_size=40)
+    stream = streams.cached(streams.store(tmp_path / "store"))
+
+    saes = train(stream, streams.trainees()[:1], config, tmp_path / "run-0", progress=False, parallel=Parallel())
+
+    assert list(saes) == ["jumprelu"]
+    assert (tmp_path / "run-0" / "metrics.jsonl").exists()

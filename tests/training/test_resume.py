@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
+from sae_hooks.errors import DataError
 from sae_hooks.sae import SAE
 from sae_hooks.training import Stream, TrainConfig, Trainee, train
 from sae_hooks.training.progress import Row
@@ -111,6 +112,26 @@ def test_a_training_that_stops_time_and_again_tells_each_step_once(
     assert streams.unequal(uninterrupted, resumed) == []
     assert [(row["step"], row["name"]) for row in rows] == [
         (step, name) for step in range(1, STEPS + 1) for name in uninterrupted]
+
+
+def test_a_training_whose_activations_ended_goes_on_when_there_are_more(tmp_path: Path) -> None:
+    folder = streams.store(tmp_path / "shards", rows=300)
+    later = {path: path.read_bytes() for path in folder.glob("*/shard-00001.safetensors")}
+    for path in later:
+        path.unlink()
+    some = streams.trainees()[:1]
+    with pytest.raises(DataError, match=r"150 up to 1 times.* Harvest more into the same folder"):
+        trained(streams.cached(folder, epochs=1), some, tmp_path / "run")
+
+    for path, content in later.items():
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"280 tokens were read"):
+        trained(streams.cached(folder, epochs=1), some, tmp_path / "run")
+    resumed = trained(streams.cached(folder, epochs=None), some, tmp_path / "run")
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert resumed.keys() == {"jumprelu"}
 
 
 # --- from a model -------------------------------------------------------------------------------------------

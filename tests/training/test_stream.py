@@ -149,8 +149,121 @@ def test_going_on_after_any_batch_gives_equal_batches_also_across_epochs(tmp_pat
 def test_a_place_in_other_activations_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     state = CachedStream(store(tmp_path)).state_dict()
 
-    with pytest.raises(CheckpointError, match="read other activations than these"):
+    with pytest.raises(CheckpointError, match="read other activations than"):
         CachedStream(tmp_path, **other).load_state_dict(state)
+
+
+# --- more shards ----------------------------------------------------------------------------------
+
+
+def longer(folder: Path, end: int = 160) -> CachedStream:
+    """The harvest of 100 rows, made longer."""
+    for site in (A, B):
+        add_shard(folder, site, 4, range(100, end))
+    return CachedStream(folder)
+
+
+@pytest.mark.parametrize("done", [40, 90, 100])
+def test_a_stream_goes_on_in_a_harvest_that_was_made_longer_and_reads_what_is_new_last(
+        tmp_path: Path, done: int) -> None:
+    stream = CachedStream(store(tmp_path))
+    before, wanted = read(stream, [done]), read(CachedStream(tmp_path), [100])
+
+    again = longer(tmp_path)
+    again.load_state_dict(stream.state_dict())
+    rows = before + read(again, [15] * ((160 - done) // 15))
+
+    assert rows[:100] == wanted
+    assert set(rows[100:]) <= set(range(100, 160))
+    assert len(set(rows)) == len(rows) > 145
+    assert rows[100:] != sorted(rows[100:])
+    with pytest.raises(DataError, match=r"each of 160 up to 1 times"):
+        again.next(15)
+
+
+def test_from_the_next_epoch_on_all_rows_are_shuffled_together(tmp_path: Path) -> None:
+    stream = CachedStream(store(tmp_path), epochs=3)
+    read(stream, [100, 30])
+    longer(tmp_path)
+
+    again = CachedStream(tmp_path, epochs=3)
+    again.load_state_dict(stream.state_dict())
+    rows, following = read(again, [130]), read(again, [160])
+
+    assert set(rows[70:]) == set(range(100, 160))
+    assert sorted(following) == list(range(160))
+    assert len(set(following[:100]) - set(range(100))) > 10
+
+
+def test_a_harvest_may_grow_time_and_again_and_each_stop_has_the_same_bits(tmp_path: Path) -> None:
+    through = CachedStream(store(tmp_path), epochs=None)
+    read(through, [70])
+    grown = longer(tmp_path)
+    through, state = CachedStream(tmp_path, epochs=None), through.state_dict()
+    through.load_state_dict(state)
+    read(through, [120])  # into the second epoch, of 160
+    for site in (A, B):
+        add_shard(tmp_path, site, 5, range(160, 180))
+    state = json.loads(json.dumps(through.state_dict()))
+    stops, batches = [], []
+    for size in (50, 90, 7, 200, 300):
+        through = CachedStream(tmp_path, epochs=None)
+        through.load_state_dict(state)
+        batches.append(read(through, [size]))
+        state = json.loads(json.dumps(through.state_dict()))
+        stops.append(state)
+
+    again = CachedStream(tmp_path, epochs=None)
+    again.load_state_dict(stops[0])
+
+    assert grown.rows == 160
+    assert read(again, [90, 7, 200, 300]) == [row for batch in batches[1:] for row in batch]
+    third = [row for batch in batches for row in batch][150:330]  # of the second epoch, 160 + 20, 30 were read before
+    assert sorted(third) == list(range(180))
+
+
+def test_the_scale_stays_what_it_was_when_another_folder_comes_after(tmp_path: Path) -> None:
+    one = store(tmp_path / "one", (60,), (A,), rms_norm=2.0)
+    stream = CachedStream(one)
+    state = stream.state_dict()
+    two = store(tmp_path / "two", (40,), (A,), start=60, rms_norm=4.0)
+
+    both = CachedStream([one, two])
+    assert both.sites != stream.sites
+    both.load_state_dict(state)
+
+    assert both.sites == stream.sites
+    assert sorted(read(both, [100])) == list(range(100))
+
+
+def test_shards_that_came_before_or_between_those_that_were_read_are_refused(tmp_path: Path) -> None:
+    store(tmp_path / "hole", (30, 20, 20, 20))
+    kept = {site: (tmp_path / "hole" / site / "shard-00001.safetensors").read_bytes() for site in (A, B)}
+    for site in kept:
+        (tmp_path / "hole" / site / "shard-00001.safetensors").unlink()
+    hole = CachedStream(tmp_path / "hole").state_dict()
+    for site, content in kept.items():
+        (tmp_path / "hole" / site / "shard-00001.safetensors").write_bytes(content)
+    one, two = (store(tmp_path / name, (50,), (A,)) for name in ("one", "two"))
+    first = CachedStream([one, two]).state_dict()
+    add_shard(one, A, 1, range(50, 100))
+
+    for state, folders in ((hole, tmp_path / "hole"), (first, [one, two])):
+        with pytest.raises(CheckpointError, match="only come after those that it read"):
+            CachedStream(folders).load_state_dict(state)
+
+
+def test_a_harvest_that_became_shorter_or_another_one_of_the_same_length_is_refused(tmp_path: Path) -> None:
+    store(tmp_path / "one")
+    state = longer(tmp_path / "one").state_dict()
+    other = longer(store(tmp_path / "other", seed=1))
+
+    for site in (A, B):
+        (tmp_path / "one" / site / "shard-00004.safetensors").unlink()
+
+    for stream in (CachedStream(tmp_path / "one"), other):
+        with pytest.raises(CheckpointError, match="read other activations than"):
+            stream.load_state_dict(state)
 
 
 # --- ends and faults ------------------------------------------------------------------------------
@@ -160,7 +273,7 @@ def test_activations_that_end_early_say_how_many_there_were_and_lose_nothing(tmp
     stream = CachedStream(store(tmp_path), epochs=2)
     seen = read(stream, [90, 90])
 
-    with pytest.raises(DataError, match=r"180 tokens were read, .*2 x 100.* batch of 30.*epochs="):
+    with pytest.raises(DataError, match=r"180 tokens were read, .*100 up to 2 times, .* 20 left .* of 30.*epochs="):
         stream.next(30)
 
     rest = read(stream, [20])

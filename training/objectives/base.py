@@ -23,14 +23,20 @@ def alone(value: Tensor) -> Tensor:
     return value
 
 
+def in_one_row(value: Tensor) -> Tensor:
+    """What tensors of processes, one beside the other, are where there is one."""
+    return value[None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What an objective sees at one step.
 
     x (batch, d_in) and target (batch, d_out), each of mean squared norm 1; target is x but for transcoders. idle
     (d_sae): tokens since each feature last fired. over_shards sums a tensor over the processes that share the features,
-    over_batches averages one over those that share the tokens; both hand gradients through unchanged. first_feature:
-    the number, among all, of the first feature here.
+    over_batches averages one over those that share the tokens; both hand gradients through unchanged. of_batches lays
+    those of the latter beside each other, (processes, ...), without gradients; share (i, n): this is the i-th of them.
+    first_feature: the number, among all, of the first feature here.
     """
 
     x: Tensor
@@ -40,6 +46,8 @@ class Batch:
     form: Form = "auto"
     over_shards: Sum = alone
     over_batches: Sum = alone
+    of_batches: Sum = in_one_row
+    share: tuple[int, int] = (0, 1)
     first_feature: int = 0
 
 

@@ -74,6 +74,8 @@ class TopK(Objective):
 class BatchTopK(TopK):
     """Keep the k * batch largest positive pre-activations of the whole batch.
 
+    Of processes that share the tokens each tells the others its k * batch largest values, 4 bytes each.
+
     At inference a feature fires above one threshold for all: the running average, with the weight `forget` on each new
     batch, of the least activation that was kept. What comes out is a JumpReLU SAE.
     """
@@ -92,13 +94,15 @@ class BatchTopK(TopK):
         """The loss on a batch."""
         code = self.code(sae, batch)
         seen = (extra["batches"] + 1).clamp(max=1 / self.forget)
-        least = batch.over_batches(code.pre.detach().min() if code.pre.numel() else extra["least"])
+        kept = code.pre.detach()
+        least = batch.of_batches(kept.min() if kept.numel() else kept.new_tensor(torch.inf)).min()
+        least = torch.where(least.isfinite(), least, extra["least"])
         average = extra["least"] + (least - extra["least"]) / seen
         return self.loss(sae, batch, code, least=average, batches=seen)
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_all(self.k), whole=True)
+        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_all(self.k, batch), whole=True)
 
     def finish(self, sae: SAE, extra: Extra) -> SAE:
         """Put the one threshold into the SAE."""
@@ -116,16 +120,33 @@ def largest_of_each(k: int) -> Callable[[Tensor], Tensor]:
     return choose
 
 
-def largest_of_all(k: int) -> Callable[[Tensor], Tensor]:
-    """Choose the k * rows largest positive entries."""
+def largest_of_all(k: int, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """Choose the k * rows largest positive entries, where processes share the tokens: of all their rows together."""
     def choose(pre: Tensor) -> Tensor:
         positive = (pre > 0).view(-1).nonzero().view(-1)
-        wanted, values = k * len(pre), pre.view(-1)[positive]
-        return positive if len(values) <= wanted else positive[_largest(values, wanted)].sort().values
+        values = pre.view(-1)[positive]
+        n = _share(values, k * len(pre), batch)
+        return positive if len(values) <= n else positive[_largest(values, n)].sort().values
     return choose
 
 
+def _share(values: Tensor, n: int, batch: Batch) -> int:
+    """How many of these positive values are among the n * processes largest of all processes. More than there are, if
+    none need be left out."""
+    i, processes = batch.share
+    if processes == 1:
+        return n
+    most = n * processes
+    room = values.new_zeros(most)
+    mine = values[_largest(values, most)] if len(values) > most else values
+    room[:len(mine)] = mine
+    chosen = _largest(batch.of_batches(room).view(-1), most)
+    return int((chosen // most == i).sum())
+
+
 def _largest(values: Tensor, n: int) -> Tensor:
+    if n == 0:
+        return values.new_empty(0, dtype=torch.int64)
     if values.device.type == "cpu":  # selection in linear time; torch.topk sorts
         return torch.from_numpy(np.argpartition(values.numpy(), len(values) - n)[-n:])
     return values.topk(n, sorted=False).indices
