@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sae_hooks.sae import SAE
+from sae_hooks import SAE, FeatureStatistics
 
 FOLDER = "examples/sae-smollm2-135m"
 CARD = """---
@@ -28,7 +26,7 @@ thousand times as many tokens.
 from sae_hooks import attach_saes
 
 model = attach_saes(model, "{folder}")
-with model.saes.clamp({{{example}: {example_value}}}):
+with model.saes.clamp({{{example}: 1.0}}, unit="max"):  # the strongest that was seen
     out = model.generate(**inputs, max_new_tokens=60)
 ```
 
@@ -69,10 +67,10 @@ SmolLM2-135M-Instruct expect slightly other numbers.
 ## Labels
 
 Given by hand from the strongest contexts on held-out text; an opinion, not a measurement. `labels.json` holds
-them; `features.json` holds the strongest activation (in the units of `clamp`) and the frequency of every
-feature on that text. Clamped at its maximum, 345 turns "I woke up this morning and" into cooking, 1272 into
-scripture, 4915 into German, 8121 into French, 8180 into Spanish and 748 into a recipe; from twice the maximum on
-grammar suffers, and words in the smaller languages are partly made up at any strength. 4083 needs one and a half.
+them; `feature_statistics.safetensors` holds how often and how strongly every feature fires on that text. Clamped
+at its maximum, 345 turns "I woke up this morning and" into cooking, 1272 into scripture, 4915 into German, 8121
+into French, 8180 into Spanish and 748 into a recipe; from twice the maximum on grammar suffers, and words in the
+smaller languages are partly made up at any strength. 4083 needs one and a half.
 
 | feature | label | maximum | fires on |
 |---|---|---|---|
@@ -80,19 +78,19 @@ grammar suffers, and words in the smaller languages are partly made up at any st
 """
 
 
-def card(sae: SAE, labels: dict[str, str], features: dict[str, Any]) -> str:
-    """The card's text, from what labels.json, {feature: label}, and features.json hold."""
+def card(sae: SAE, labels: dict[str, str]) -> str:
+    """The card's text, from the SAE with its statistics, if it has any, and labels.json, {feature: label}."""
     facts = sae.metadata
-    example = next(iter(labels), "0")
     recipe = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in facts["recipe"].items())
     chosen = {name: facts["recipe"][name] for name in ("window", "epochs", "layer")}
     return CARD.format(
         **facts, **chosen, site=sae.site, d_in=sae.d_in, d_sae=sae.d_sae, arguments=recipe, folder=FOLDER,
-        delta=facts["loss_spliced"] - facts["loss_clean"], example=example,
-        example_value=float(round(features["maximum"][int(example)])),
-        labels="\n".join(row(int(feature), label, features) for feature, label in labels.items()))
+        delta=facts["loss_spliced"] - facts["loss_clean"], example=next(iter(labels), "0"),
+        labels="\n".join(row(int(feature), label, sae.statistics) for feature, label in labels.items()))
 
 
-def row(feature: int, label: str, features: dict[str, Any]) -> str:
-    maximum, frequency = features["maximum"][feature], features["frequency"][feature]
-    return f"| {feature} | {label} | {maximum:.0f} | {frequency:.2%} of tokens |"
+def row(feature: int, label: str, statistics: FeatureStatistics | None) -> str:
+    """A line of the table of labels."""
+    if statistics is None:
+        return f"| {feature} | {label} | | |"
+    return f"| {feature} | {label} | {statistics.max[feature]:.0f} | {statistics.frequency[feature]:.2%} of tokens |"

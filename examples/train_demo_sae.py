@@ -5,7 +5,8 @@
 Each line of the files is {"text": ..., "domain": ...}. A harvest that was cut off goes on with the same
 command; more processes help with `--worker 1/2` (and 0/2 for this one), each harvesting its share. Afterwards
 `--contexts 8` prints where the features of the SAE in --out fire most, from which its labels.json is written
-by hand, and writes features.json and the card anew. A training that was cut off, too, goes on with the same command.
+by hand, keeps their statistics beside the SAE, and writes the card anew. A training that was cut off, too,
+goes on with the same command.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from smollm2 import MODEL_NAME, load_smollm2
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_hooks.hub import load_sae
-from sae_hooks.sae import SAE
+from sae_hooks import SAE, attach_saes, export_features, load_sae
 from sae_hooks.training import (
     CachedStream,
     Evaluation,
@@ -35,7 +35,6 @@ from sae_hooks.training import (
     evaluate,
     harvest_infos,
     padded_batches,
-    top_contexts,
     train,
     write_shards,
 )
@@ -156,31 +155,25 @@ def ship(args: argparse.Namespace, sae: SAE, result: Evaluation) -> None:
 
 def write_card(folder: Path, sae: SAE) -> None:
     """Write README.md, with the labels where there are some."""
-    labels, features = (read_json(folder / name) for name in ("labels.json", "features.json"))
-    unknown = {"maximum": [0.0] * sae.d_sae, "frequency": [0.0] * sae.d_sae}
-    (folder / "README.md").write_text(card(sae, labels, features or unknown))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    path = folder / "labels.json"
+    labels = json.loads(path.read_text()) if path.exists() else {}
+    (folder / "README.md").write_text(card(sae, labels))
 
 
 def describe(args: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) -> None:
-    """Print where each feature of the SAE in args.out fires most, rare ones first; write features.json."""
+    """Print where each feature of the SAE in args.out fires most, rare ones first; keep the statistics beside it."""
     sae = load_sae(args.out)
-    batches = tqdm(held_out(args, tokenizer), desc="contexts", unit=" batches")
-    found = top_contexts(model, sae.float(), batches, tokenizer.all_special_ids, keep=args.contexts)
-    every = range(sae.d_sae)
-    facts = {"tokens": found.tokens, "maximum": [round(found.maximum(f), 1) for f in every],
-             "frequency": [round(found.frequency(f), 6) for f in every]}
-    (args.out / "features.json").write_text(json.dumps(facts))
-    write_card(args.out, sae)
-    for feature in found.fired.argsort().tolist():
-        print(f"\nfeature {feature}: on {found.frequency(feature):.3%}, at most {found.maximum(feature):.1f}")
-        for c in found.top(feature):
-            before, token, after = (tokenizer.decode(list(ids)) for ids in (c.before, (c.token,), c.after))
-            print(f"  {c.activation:7.1f}  {before!r} [{token!r}] {after!r}")
+    attach_saes(model, sae)
+    windows = windows_of(args.held_out, args, tokenizer)[:args.held_out_windows]
+    rows = [{"input_ids": window} for window in windows]
+    store = export_features(model, rows, args.cache / "held-out-features", tokenizer=tokenizer, window=args.window)
+    sae.statistics = store.statistics()
+    write_card(sae.save_pretrained(args.out), sae)
+    for feature in sae.statistics.frequency.argsort().tolist():
+        frequency, maximum = sae.statistics.frequency[feature], sae.statistics.max[feature]
+        print(f"\nfeature {feature}: on {frequency:.3%}, at most {maximum:.1f}")
+        for context in store.top(feature, args.contexts, context=12):
+            print(f"  {context.activation:7.1f}  {str(context)!r}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,14 @@ from .errors import (
     TrainingError,
     UnsafeFileError,
 )
+from .export import export_features
+from .extract import Extracted, extract_features
+from .find import FoundFeature, find_features
 from .hub import list_saes, load_sae
 from .sae import SAE
 from .sparse import SparseFeatures
+from .statistics import FeatureStatistics
+from .store import FeatureStore, open_features
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +38,10 @@ __all__ = [
     "DataError",
     "EditError",
     "Edits",
+    "Extracted",
+    "FeatureStatistics",
+    "FeatureStore",
+    "FoundFeature",
     "SaeAttachError",
     "SaeDownloadError",
     "SaeError",
@@ -46,6 +55,10 @@ __all__ = [
     "UnsafeFileError",
     "attach_saes",
     "detach_saes",
+    "export_features",
+    "extract_features",
+    "find_features",
     "list_saes",
     "load_sae",
+    "open_features",
 ]

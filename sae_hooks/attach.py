@@ -140,8 +140,10 @@ def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dty
     def load() -> SAE:
         if own is not None:
             return own
-        cast = {n: p.detach().to(dtype) if n.startswith("W_") else p.detach() for n, p in sae.named_parameters()}
-        return SAE(**cast, k=sae.k, site=sae.site, site_out=sae.site_out, metadata=sae.metadata)
+        cast: dict[str, Any] = {name: p.detach().to(dtype) if name.startswith("W_") else p.detach()
+                                for name, p in sae.named_parameters()}
+        return SAE(**cast, k=sae.k, site=sae.site, site_out=sae.site_out, metadata=sae.metadata,
+                   statistics=sae.statistics)
 
     return Offer(read, write, None, None, sae.d_in, sae.d_out, repr(sae), load, owned=own is None)
 

@@ -22,6 +22,7 @@ from .errors import EditError, SaeError, SaeNotFoundError
 from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
+from .hub.sources import STATISTICS
 from .saes import Saes
 from .terminal import busy, print_table, progress, short_warnings, ticks
 
@@ -119,7 +120,7 @@ def check(
     """
     words = TEXT if text is None else text.read_text(encoding="utf-8")
     loaded, tokenizer = load_model(model, dtype, device)
-    _attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision)
     inputs = _paragraphs(tokenizer, words, tokens).to(loaded.device)
     saes: Saes = loaded.saes
     report = Report(row for name in progress(list(saes), "checking") for row in saes.check(inputs, name=name))
@@ -159,7 +160,7 @@ def generate(
     """
     changes = {"clamp": _strengths(clamp), "scale": _strengths(scale), "add": _strengths(add)}
     loaded, tokenizer = load_model(model, dtype, device)
-    _attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
     with ExitStack() as stack:
         asked = _open(stack, loaded.saes, changes, ablate or [], edits, tokens)
@@ -201,8 +202,9 @@ def convert(
         typer.echo(str(target))
 
 
-def _attach(loaded: Any, source: str, layer: int | None, site: str | None, width: str | None, l0: str | None,
-            revision: str | None) -> None:
+def attach(loaded: Any, source: str, layer: int | None, site: str | None, width: str | None, l0: str | None,
+           revision: str | None) -> None:
+    """attach_saes, with a spinner."""
     with busy(f"looking at {source}"):
         attach_saes(loaded, source, layer=layer, site=site, width=width, l0=l0, revision=revision)
 
@@ -323,6 +325,9 @@ def _targets(folder: Path, found: Sequence[SaeFile], force: bool) -> list[Path]:
 def _publish(stage: Path, folder: Path) -> None:
     """Move the staged SAEs into their folder, the cfg.json last."""
     staged = [path for path in sorted(stage.rglob("*")) if path.is_file()]
+    for path in staged:
+        if path.name == saelens.CONFIG:  # statistics of the SAE that was there are not the new one's
+            (folder / path.relative_to(stage)).with_name(STATISTICS).unlink(missing_ok=True)
     for path in sorted(staged, key=lambda path: path.name == saelens.CONFIG):
         target = folder / path.relative_to(stage)
         target.parent.mkdir(parents=True, exist_ok=True)

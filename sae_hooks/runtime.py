@@ -72,7 +72,7 @@ class Slot:
             if self.owned:
                 return own.to(device)
             if device not in self._copies:
-                tensors = {name: p.detach().to(device) for name, p in own.named_parameters()}
+                tensors: dict[str, Any] = {n: p.detach().to(device) for n, p in own.named_parameters()}
                 own = SAE(**tensors, k=own.k, site=own.site, site_out=own.site_out, metadata=own.metadata)
                 self._copies[device] = own
             return self._copies[device]

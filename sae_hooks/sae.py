@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import SaeMismatchError
+from .statistics import FeatureStatistics
 
 EXACT = ("b_enc", "b_dec", "threshold")  # a thousandth of the memory, and they decide which features fire
 
@@ -34,6 +35,8 @@ class SAE(nn.Module):
     `site` is where x is read, as a module path with its side ("model.layers.20.output"); `site_out` where x_hat belongs
     (another place only for transcoders). `metadata` is a JSON-like dict that travels with the weights; inference reads
     `typical_norm` from it: the usual L2 norm of the site's activations, against which attention sinks are told.
+    `statistics` may hold how often and how strongly each feature fires; they stay on the CPU, and are saved beside the
+    weights.
     """
 
     W_enc: Tensor
@@ -42,6 +45,7 @@ class SAE(nn.Module):
     b_dec: Tensor
     threshold: Tensor | None
     W_skip: Tensor | None
+    _statistics: FeatureStatistics | None = None
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class SAE(nn.Module):
         site: str | None = None,
         site_out: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        statistics: FeatureStatistics | None = None,
     ) -> None:
         super().__init__()
         _check_shapes(W_enc, b_enc, W_dec, b_dec, threshold, k, W_skip)
@@ -67,6 +72,8 @@ class SAE(nn.Module):
         self.k = k
         self.site, self.site_out = site, site_out or site
         self.metadata: dict[str, Any] = dict(metadata or {})
+        if statistics is not None:
+            self.statistics = statistics
 
     @property
     def d_in(self) -> int:
@@ -92,6 +99,22 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the matrices are stored in."""
         return self.W_enc.dtype
+
+    @property
+    def statistics(self) -> FeatureStatistics | None:
+        """How often and how strongly each feature fires, if that was measured (`feature_statistics`).
+
+        May be set. Raises SaeMismatchError for statistics of another number of features.
+        """
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, measured: FeatureStatistics | None) -> None:
+        if measured is not None and measured.d_sae != self.d_sae:
+            raise SaeMismatchError(
+                f"statistics of {measured.d_sae} features; the SAE at {self.site!r} has {self.d_sae}"
+            )
+        self._statistics = measured
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
@@ -151,7 +174,8 @@ class SAE(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.
 
-        Each file is replaced whole or not at all. Raises OSError if the folder cannot be written.
+        Statistics, if there are any, stand beside them in feature_statistics.safetensors; if not, such a file is
+        removed. Each file is replaced whole or not at all. Raises OSError if the folder cannot be written.
         """
         from .hub import save_pretrained  # upward: hub/ alone touches weights on disk
 

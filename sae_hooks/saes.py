@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 from warnings import warn
@@ -17,6 +18,8 @@ from .edits import Edit, Edits, Strength
 from .errors import EditError, SaeAttachError, SaeWarning
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
 from .sae import SAE
+
+UNITS = ("activation", "max")  # of a clamp's or an add's strength
 
 
 class Handle:
@@ -106,7 +109,9 @@ class Saes(Mapping[str, SAE]):
     only_if_active: touch a feature only where it fires.
     scope: "model", seen by every thread, or "context", seen by the code that opened it (ContextVar).
 
-    A strength is a number or a tensor (batch,), one for each row; NaN leaves a row untouched.
+    A strength is a number or a tensor (batch,), one for each row; NaN leaves a row untouched. Its unit is
+    "activation", the feature's own scale, or "max": the largest activation in the statistics kept with the SAE
+    (`SAE.statistics`). It is worked out when the edit is opened: `handle.edits` and its JSON are in activations.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime, installed: Any, detach: Callable[[nn.Module], None]) -> None:
@@ -146,25 +151,30 @@ class Saes(Mapping[str, SAE]):
     def special_ids(self, ids: Iterable[int]) -> None:
         self._runtime.special_ids = frozenset(int(i) for i in ids)
 
-    def clamp(self, values: Mapping[int, Strength], **where: Any) -> Handle:
-        """Set each feature's activation to its value, whether or not it fired. Raises EditError before anything
-        changes."""
-        return self._edit("clamp", values, **where)
+    def clamp(self, values: Mapping[int, Strength], *, unit: str = "activation", **where: Any) -> Handle:
+        """Set each feature's activation to its value, whether or not it fired; unit="max": times the feature's maximum.
+
+        Raises EditError before anything changes.
+        """
+        return self._edit("clamp", values, unit, **where)
 
     def scale(self, factors: Mapping[int, Strength], **where: Any) -> Handle:
         """Multiply each feature's activation by its factor."""
-        return self._edit("scale", factors, **where)
+        return self._edit("scale", factors, "activation", **where)
 
-    def add(self, amounts: Mapping[int, Strength], **where: Any) -> Handle:
-        """Add amount times the feature's decoder row, whatever the feature does; costs no encoding."""
-        return self._edit("add", amounts, **where)
+    def add(self, amounts: Mapping[int, Strength], *, unit: str = "activation", **where: Any) -> Handle:
+        """Add amount times the feature's decoder row, whatever the feature does; costs no encoding.
+
+        unit="max": amount times the feature's maximum times the row.
+        """
+        return self._edit("add", amounts, unit, **where)
 
     def ablate(self, features: Iterable[int], **where: Any) -> Handle:
         """Set features to 0: what does the model lose without them?"""
         listed = list(features)
         if len(set(listed)) != len(listed):
             raise EditError(f"ablate names a feature twice: {listed}")
-        return self._edit("clamp", dict.fromkeys(listed, 0.0), **where)
+        return self._edit("clamp", dict.fromkeys(listed, 0.0), "activation", **where)
 
     def apply(self, document: str | Edits, *, scope: str = "model") -> Handle:
         """Open edits that were shared (`handle.edits`, or its JSON); all of them or, on any error, none."""
@@ -231,6 +241,8 @@ class Saes(Mapping[str, SAE]):
         self,
         op: str,
         values: Mapping[int, Strength],
+        unit: str,
+        /,
         *,
         layer: int | None = None,
         site: str | None = None,
@@ -240,10 +252,14 @@ class Saes(Mapping[str, SAE]):
         only_if_active: bool = False,
         scope: str = "model",
     ) -> Handle:
+        if unit not in UNITS:
+            raise EditError(f"a strength's unit is one of {', '.join(UNITS)}; got {unit!r}")
         slot = self._pick(layer, site, name)
         made = edits.edit(
             op, slot.name, values, tokens=tokens, special_tokens=special_tokens, only_if_active=only_if_active
         )
+        if unit == "max":
+            made = _times_max(made, self._ready(slot).sae)
         return Handle(self._runtime, [self._request(made, slot)], scope)
 
     def _request(self, made: Edit, slot: Slot) -> EditRequest:
@@ -305,6 +321,28 @@ class Saes(Mapping[str, SAE]):
 
     def __reduce__(self) -> Any:
         return _copy, ()
+
+
+def _times_max(made: Edit, sae: SAE) -> Edit:
+    """The edit with each strength times its feature's largest activation. Raises EditError where that is not known."""
+    edits.check(made, sae.d_sae)
+    if sae.statistics is None:
+        raise EditError(
+            f'unit="max" needs the statistics of {made.site}, and none are kept with this SAE: write the features of '
+            "many texts with export_features, then sae.statistics = open_features(folder).statistics(); "
+            "save_pretrained keeps them"
+        )
+    largest = sae.statistics.max[list(made.features)]
+    silent = [feature for feature, most in zip(made.features, largest.tolist(), strict=True) if not most]
+    if silent:
+        raise EditError(
+            f"feature {silent[0]} at {made.site} never fired in the {sae.statistics.tokens} tokens of its statistics, "
+            "so that it has no maximum; give its strength in activations, or measure more text"
+        )
+    values = made.values * largest
+    if values.isinf().any():
+        raise EditError(f"{made.op} at {made.site}: a strength times the feature's maximum is too large for float32")
+    return replace(made, values=values)
 
 
 def _copy() -> Saes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +54,22 @@ def progress(items: Sequence[Item], what: str) -> Iterator[Item]:
     """The items, with a progress bar on stderr."""
     with _bar() as bar:
         yield from bar.track(items, description=what)
+
+
+@contextmanager
+def counting(what: str, documents: int | None) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr over so many documents (None: nobody knows), advanced by (tokens, documents)."""
+    started, done = time.monotonic(), 0
+    with _bar() as bar:
+        task = bar.add_task(what, total=documents)
+
+        def advance(tokens: int, some: int) -> None:
+            nonlocal done
+            done += tokens
+            rate = done / max(time.monotonic() - started, 1e-3)
+            bar.update(task, advance=some, description=f"{what}: {done:,} tokens, {rate:,.0f}/s; documents")
+
+        yield advance
 
 
 @contextmanager

@@ -22,6 +22,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>\S.*?) -->\s*\Z")
 EXAMPLES = {
     "demo.py": None,
     "demo_card.py": None,
+    "probe_domains.py": ["--help"],
     "smollm2.py": None,
     "train_demo_sae.py": ["--help"],
 }

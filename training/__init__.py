@@ -9,7 +9,6 @@ if __name__ != "sae_hooks.training":
     raise ImportError(f"import sae_hooks.training, not {__name__}: `pip install -e .` maps the folder there")
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .contexts import Context, TopContexts, top_contexts
 from .harvest import SiteInfo, harvest, measure_sites, padded_batches, site_activations
 from .learner import Learner, TrainConfig, Trainee, fold_scale, fresh_sae
 from .live import LiveStream
@@ -28,7 +27,6 @@ __all__ = [
     "BatchTopK",
     "CachedStream",
     "Checkpoint",
-    "Context",
     "Documents",
     "Evaluation",
     "Gated",
@@ -45,7 +43,6 @@ __all__ = [
     "SiteInfo",
     "Stream",
     "TanhJumpReLU",
-    "TopContexts",
     "TopK",
     "TrainConfig",
     "Trainee",
@@ -67,7 +64,6 @@ __all__ = [
     "read_info",
     "save_checkpoint",
     "site_activations",
-    "top_contexts",
     "train",
     "windows",
     "write_shards",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
+from sae_hooks import features_cli  # noqa: F401  (registers its commands)
 from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model
 from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
 from sae_hooks.formats.selection import matches, placed, summary, wanted

@@ -12,6 +12,7 @@ from sae_hooks.errors import SaeFormatError
 from sae_hooks.hub import SaeFile, list_saes
 from sae_hooks.hub.failures import hub_errors, persist
 from sae_hooks.hub.sources import open_source
+from sae_hooks.hub.statistics_file import beside
 
 from .card import CARD, REPORT, make_card
 
@@ -48,7 +49,8 @@ def _published(folder: Path) -> list[Path]:
             raise SaeFormatError(f"{where} is in the format of {entry.dialect}; write it as ours first: sae-hooks "
                                  f"convert {folder} NEW-FOLDER")
         SaeFile(entry, str(where), source).load()
-        found += [where, folder / entry.config]
+        statistics = folder / (beside(entry) or "")
+        found += [where, folder / entry.config, *([statistics] if statistics.is_file() else [])]
     pictures = [path for path in (folder / PLOTS).glob("*") if path.suffix in PICTURES]
     return [*found, *(path for path in (folder / REPORT,) if path.exists()), *sorted(pictures)]
 

@@ -6,22 +6,16 @@ to fit in memory; `context_windows` cuts and shuffles texts that do.
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from sae_hooks.documents import DOCUMENTS_PER_CALL, prefix_ids
 from sae_hooks.errors import DataError
+from sae_hooks.records import described, records
 
-TEXT_FILES = (".txt", ".md")
-OPENERS: Mapping[str, Callable[..., IO[str]]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
-DOCUMENTS_PER_CALL = 64  # a fast tokenizer spreads the texts of one call over the cores
 SHUFFLE_BUFFER = 10_000  # texts that a streamed data set shuffles among, instead of its default of 1,000
 
 Window = np.ndarray[Any, np.dtype[np.int32]]
@@ -65,20 +59,18 @@ def documents(source: Any, *, field: str = "text", split: str = "train", streami
 
     Raises DataError: at once for a file that is missing, while reading for a line or row that holds no text.
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if path.is_dir():
-            return _shuffled(_folder(path), seed)
-        if path.is_file():
-            return _shuffled(_file(path, field), seed)
-        source = _data_set(source, split, streaming)
-    if isinstance(source, Mapping):
-        if split not in source:
-            raise DataError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
-        source = source[split]
-    if isinstance(source, Iterator):
-        raise DataError("an iterator can be read only once; give a list, or an object that is read anew each time")
-    return _rows(source, field, seed)
+    rows = records(source, split=split, streaming=streaming)
+    epochs = hasattr(rows.source, "set_epoch")
+    if epochs and seed is not None and hasattr(rows.source, "shuffle"):
+        rows = records(rows.source.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+
+    def texts(epoch: int) -> Iterator[str]:
+        if epochs:
+            rows.source.set_epoch(epoch)
+        return (_field(row, rows.field or field, where) for where, row in rows)
+
+    plain = Documents(rows.name, texts)
+    return plain if epochs else _shuffled(plain, seed)
 
 
 def windows(texts: Iterable[str] | Callable[[int], Iterable[str]], tokenizer: Any, length: int, *,
@@ -117,13 +109,6 @@ def cut(ids: Sequence[int], length: int, prefix: Sequence[int] = ()) -> list[Win
     step = length - len(prefix)
     pieces = ([*prefix, *ids[i : i + step]] for i in range(0, len(ids), step))
     return [np.asarray(piece, dtype=np.int32) for piece in pieces if len(piece) > 1]
-
-
-def prefix_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts before a text; most put one, BOS, or none."""
-    plain, whole = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    return tuple(whole[: starts[0]]) if starts else ()
 
 
 class Windows:
@@ -180,86 +165,11 @@ def _shuffled(plain: Documents, seed: int | None) -> Documents:
     return Documents(plain.name, texts)
 
 
-def _folder(path: Path) -> Documents:
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.is_file())
-    if not files:
-        raise DataError(f"{path} holds no {' or '.join(TEXT_FILES)} file, nor does any folder in it")
-    return Documents(str(path), lambda epoch: map(_whole_file, files))
-
-
-def _file(path: Path, field: str) -> Documents:
-    if path.suffix in TEXT_FILES:
-        return Documents(str(path), lambda epoch: iter([_whole_file(path)]))
-    if path.suffix not in OPENERS or ".jsonl" not in path.suffixes:
-        raise DataError(f"{path} is of no known kind: expected .jsonl, .jsonl.xz, .jsonl.gz or {', '.join(TEXT_FILES)}")
-    return Documents(str(path), lambda epoch: _lines(path, field))
-
-
-def _whole_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _lines(path: Path, field: str) -> Iterator[str]:
-    number = 0
-    try:
-        with OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _field(_parsed(line, f"{path}, line {number}"), field, f"{path}, line {number}")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read after line {number}: {error or type(error).__name__}") from error
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: expected a JSON object, got {line.strip()[:60]!r} ({error})") from error
-
-
-def _rows(source: Any, field: str, seed: int | None) -> Documents:
-    """Of strings or mappings; `datasets` objects are such, and shuffle themselves."""
-    name = type(source).__name__
-    if not hasattr(source, "__iter__"):
-        raise DataError(f"expected a path, the name of a data set, or an iterable of texts; got {name}")
-    if seed is not None and hasattr(source, "set_epoch") and hasattr(source, "shuffle"):
-        source = source.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-
-    def texts(epoch: int) -> Iterator[str]:
-        if hasattr(source, "set_epoch"):
-            source.set_epoch(epoch)
-        for number, row in enumerate(source):
-            yield row if isinstance(row, str) else _field(row, field, f"{name}, row {number}")
-
-    plain = Documents(name, texts)
-    return plain if hasattr(source, "set_epoch") else _shuffled(plain, seed)
-
-
 def _field(row: Any, field: str, where: str) -> str:
+    if isinstance(row, str):
+        return row
     if not isinstance(row, Mapping) or field not in row:
-        has = f"an object with {', '.join(map(str, row)) or 'nothing'}" if isinstance(row, Mapping) else repr(row)[:60]
-        raise DataError(f"{where}: expected a text under {field!r}, got {has}; name the field with field=")
+        raise DataError(f"{where}: expected a text under {field!r}, got {described(row)}; name the field with field=")
     if not isinstance(row[field], str):
         raise DataError(f"{where}: expected a string under {field!r}, got {type(row[field]).__name__}")
     return str(row[field])
-
-
-def _data_set(source: str | Path, split: str, streaming: bool) -> Any:
-    """Load a data set by its name."""
-    name, _, configuration = str(source).partition(":")
-    if isinstance(source, Path) or Path(name).suffix in (*OPENERS, *TEXT_FILES) or name.startswith(("/", ".", "~")):
-        raise DataError(f"there is no file or folder {source}")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(
-            f"there is no file or folder {source}, and to read it as the name of a data set "
-            "needs the datasets library: pip install 'sae-hooks[train]'"
-        ) from error
-    try:
-        return load_dataset(name, configuration or None, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the data set {source} (split {split!r}) cannot be loaded: {error}") from error

@@ -19,7 +19,8 @@ from ..formats.weights import warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
 from .safe_files import json_bytes, read_config, write_atomically
-from .sources import Source, open_source
+from .sources import STATISTICS, Source, open_source
+from .statistics_file import beside, read_statistics, statistics_bytes
 from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
@@ -51,7 +52,8 @@ class SaeFile:
     source: Source = field(repr=False, compare=False)
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
-        """Fetch, check and read it. `dtype`: of the matrices; None keeps the file's.
+        """Fetch, check and read it, with its statistics if there are any. `dtype`: of the matrices; None keeps the
+        file's.
 
         Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
         """
@@ -64,9 +66,17 @@ class SaeFile:
             sae = dialect.build(self.entry, tensors, config)
             _check_promises(self.entry, sae)
             warn_odd_decoder(sae.W_dec)
+        self._read_statistics(sae)
         if not self.source.local:
             sae.metadata.setdefault("source", self.where)
         return sae.to(device=device, dtype=dtype)
+
+    def _read_statistics(self, sae: SAE) -> None:
+        name = beside(self.entry)
+        if name and self.source.has(name):
+            path = self.source.fetch(name)
+            with _located(self.source.where(name)):
+                sae.statistics = read_statistics(path, sae.d_sae)
 
 
 class SaeTable(list[Entry]):
@@ -131,6 +141,7 @@ def list_saes(source: str | Path, *, revision: str | None = None, token: str | N
 def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
     """Write cfg.json and sae_weights.safetensors (SAELens 6) into a folder, made if needed; returns the folder.
 
+    Statistics, if the SAE has them, are written beside them; those of an SAE that was saved there before are removed.
     Each file is replaced whole or not at all, cfg.json last. A mapping {site: SAE} becomes one folder a site inside.
     Raises OSError, SaeFormatError (metadata that is no JSON); the old files are untouched then.
     """
@@ -140,9 +151,14 @@ def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
             save_pretrained(one, folder / _folder_name(site))
         return folder
     tensors, config = saelens.dump(sae)
-    files = {folder / saelens.WEIGHTS: safetensors_bytes(tensors), folder / saelens.CONFIG: json_bytes(config)}
+    files = {folder / saelens.WEIGHTS: safetensors_bytes(tensors)}
+    if sae.statistics is not None:
+        files[folder / STATISTICS] = statistics_bytes(sae.statistics)
+    files[folder / saelens.CONFIG] = json_bytes(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(files)
+    if sae.statistics is None:
+        (folder / STATISTICS).unlink(missing_ok=True)
     return folder
 
 
@@ -150,15 +166,16 @@ def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str
                 private: bool = False) -> str:
     """Upload what save_pretrained writes, and a model card if there is none, as one commit; returns its address.
 
-    Makes the repository if needed. All or nothing, and tried again after a lost answer: the same files make no second
-    commit. Raises SaeNotFoundError, SaeDownloadError (no rights, Hub down) with the client's error as cause.
+    Statistics of an SAE that was at the same place before, where the new one has none, are deleted in it. Makes the
+    repository if needed. All or nothing, and tried again after a lost answer: the same files make no second commit.
+    Raises SaeNotFoundError, SaeDownloadError (no rights, Hub down) with the client's error as cause.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with TemporaryDirectory(prefix="sae_hooks-") as temporary:
         root = save_pretrained(sae, temporary)
-        written = sorted(path for path in root.rglob("*") if path.name in (saelens.WEIGHTS, saelens.CONFIG))
+        written = sorted(path for path in root.rglob("*") if path.is_file())
         inside = path_in_repo.strip("/")
         files = {f"{inside}/{path.relative_to(root).as_posix()}".lstrip("/"): path for path in written}
         with hub_errors(f"pushing to {repo_id}", repo_id):
@@ -167,13 +184,22 @@ def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str
 
 
 def _commit(api: Any, repo_id: str, files: Mapping[str, Path]) -> str:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                             for name, path in files.items()]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in _stale(api, repo_id, files)]
     if not api.file_exists(repo_id, "README.md"):
         card = CARD.format(repo_id=repo_id).encode()
         operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
     return str(api.create_commit(repo_id, operations, commit_message="Upload SAE with sae_hooks").commit_url)
+
+
+def _stale(api: Any, repo_id: str, files: Mapping[str, Path]) -> list[str]:
+    """Statistics in the repository beside weights that are pushed now without any."""
+    places = {name.removesuffix(saelens.WEIGHTS) + STATISTICS for name in files if name.endswith(saelens.WEIGHTS)}
+    bare = sorted(places - set(files))
+    return [file.path for file in api.get_paths_info(repo_id, bare)] if bare else []
 
 
 def _offered(at: Source) -> list[Entry]:

@@ -17,7 +17,8 @@ from .failures import hub_errors, persist, transient
 from .safe_files import check_contained
 
 MOST_FILES = 200_000
-CONFIGS = ("cfg.json", "config.json")
+STATISTICS = "feature_statistics.safetensors"
+BESIDE = ("cfg.json", "config.json", STATISTICS)  # what goes with a weight file that is named itself
 _checked: set[tuple[str, int, int]] = set()  # cached files whose hash was right: (path, size, mtime)
 
 
@@ -29,6 +30,9 @@ class Source(Protocol):
 
     def files(self) -> Mapping[str, int]:
         """Path -> bytes, nothing downloaded."""
+
+    def has(self, path: str) -> bool:
+        """Whether `files` has it; asks nothing that was asked before."""
 
     def fetch(self, path: str) -> Path:
         """A local copy that may be read. Raises SaeNotFoundError, SaeDownloadError, UnsafeFileError."""
@@ -49,7 +53,7 @@ def open_source(source: str | Path, *, revision: str | None = None, token: str |
 
 
 class LocalSource:
-    """A folder, or one weight file with the config beside it."""
+    """A folder, or one weight file with the config and the statistics beside it."""
 
     local = True
 
@@ -64,7 +68,7 @@ class LocalSource:
 
     def files(self) -> Mapping[str, int]:
         if self.only:
-            return {name: _size(self.root / name) for name in (self.only, *CONFIGS) if (self.root / name).is_file()}
+            return {name: _size(self.root / name) for name in (self.only, *BESIDE) if (self.root / name).is_file()}
         found: dict[str, int] = {}
         for folder, inside, names in os.walk(self.root):
             inside[:] = sorted(name for name in inside if not name.startswith("."))
@@ -74,6 +78,9 @@ class LocalSource:
             if len(found) > MOST_FILES:
                 raise SaeNotFoundError(f"{self.root} holds more than {MOST_FILES} files; name the folder of the SAEs")
         return found
+
+    def has(self, path: str) -> bool:
+        return os.path.lexists(self.root / path)
 
     def fetch(self, path: str) -> Path:
         check_contained(self.root / path, self.root)
@@ -95,16 +102,22 @@ class HubSource:
                  cache_dir: str | Path | None) -> None:
         self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
         self.name = f"{repo_id}/{folder}" if folder else repo_id
+        self._files: dict[str, int] | None = None
         asked = f"{repo_id}@{revision}" if revision else repo_id
         with hub_errors(asked, repo_id):
             self.commit = self._resolve(revision)
 
     def files(self) -> Mapping[str, int]:
-        with hub_errors(f"{self.repo}@{self.commit}", self.repo):
-            listing = self._listing()
-        _refuse_hostile(listing, self.where())
-        inside = self.folder + "/" if self.folder else ""
-        return {path.removeprefix(inside): size for path, size in listing.items() if path.startswith(inside)}
+        if self._files is None:
+            with hub_errors(f"{self.repo}@{self.commit}", self.repo):
+                listing = self._listing()
+            _refuse_hostile(listing, self.where())
+            inside = self.folder + "/" if self.folder else ""
+            self._files = {p.removeprefix(inside): size for p, size in listing.items() if p.startswith(inside)}
+        return self._files
+
+    def has(self, path: str) -> bool:
+        return path in self.files()
 
     def fetch(self, path: str) -> Path:
         full = f"{self.folder}/{path}" if self.folder else path

@@ -24,7 +24,7 @@ def run():
     """run(*arguments): the command's result, with exit_code, stdout and stderr."""
     from typer.testing import CliRunner
 
-    from sae_hooks.cli import app
+    from sae_hooks.training.cli import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(one) for one in arguments])
 

@@ -1,0 +1,143 @@
+"""Features of documents to a folder: shards as they come, the manifest last, and on from where it was cut off.
+
+Every shard is a function of the documents and the settings alone. So any number of processes can write them, one that
+was killed leaves whole shards or nothing, and whatever happened the folder ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .documents import Document, tokenised
+from .edits import Edits
+from .errors import DataError
+from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts
+from .identity import differences, model_identity, sae_identity, tokenizer_identity
+from .processes import launched_share, wait_for_all
+from .store import FeatureStore, open_features
+from .store.format import EXPORT, digest, documents_bytes, file_digest, shard_name, token_checksum
+from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
+
+TOKENIZER = "tokenizer"
+
+Text = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
+Entry = dict[str, Any]  # of a shard, in the manifest
+
+
+def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tokenizer: Any = None,
+                    sites: Sequence[str] | None = None, dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+                    activations: bool = False, special_tokens: bool = False, window: int = 1024, overlap: int = 0,
+                    tokens_per_shard: int = TOKENS_PER_PART, tokens_per_batch: int = TOKENS_PER_BATCH,
+                    resume: bool = True, progress: Callable[[int, int], object] = lambda rows, documents: None,
+                    **reading: Any) -> FeatureStore:
+    """Write the features of all tokens of documents to folder, and open it.
+
+    What `extract_features` takes, and: dtype of the stored values; activations: store x, too; tokens_per_shard: what is
+    held in memory at once, and lost by a kill. resume: go on in a folder where this export was begun. progress is told
+    of each shard that is there its rows and the number of documents that begin in it. Under `accelerate launch` or
+    torchrun each process writes every n-th shard, and all return when the whole is there.
+
+    Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
+    setting, naming what differs, and for a value that dtype cannot hold. What is there stays.
+    """
+    folder = Path(folder)
+    extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
+                          tokens_per_batch=tokens_per_batch)
+    settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
+                "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": tokens_per_batch}
+    rank, processes = launched_share()
+    if rank == 0:
+        _claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
+    wait_for_all()
+    export, texts, entries = file_digest(folder / EXPORT), [], {}
+    for part in parts(tokenised(documents, tokenizer, **reading), window, overlap, tokens_per_shard):
+        texts.append(_text(part))
+        if part.number % processes == rank:
+            there = _present(folder, part.number, export, texts[-1])
+            entries[part.number] = there or _written(folder, part, extractor, export, dtype)
+            progress(part.rows, len(part.documents))
+    wait_for_all()
+    if rank == 0:
+        _commit(folder, export, texts, entries)
+    wait_for_all()
+    return open_features(folder)
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the features depend on, but the text."""
+    runtime = extractor.saes._runtime
+    edits = Edits(tuple(edit for request in runtime.requests() if (edit := getattr(request, "edit", None)) is not None))
+    return {"model": model_identity(extractor.model), "tokenizer": tokenizer_identity(tokenizer),
+            "saes": {slot.name: sae_identity(slot.sae) | {"site": slot.read.key} for slot in extractor.slots},
+            "settings": dict(settings), "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json()}
+
+
+def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> None:
+    """Make the folder this export's, or find that it is."""
+    there = read_export(folder)
+    if there is None:
+        foreign = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if left := sorted(name for name in foreign if name != TOKENIZER and not name.startswith(".")):
+            raise DataError(f"{folder} is not empty ({', '.join(left[:5])}) and holds no export; give a new folder")
+        _save_tokenizer(folder, tokenizer)
+        write_export(folder, asked)
+    elif other := differences({k: v for k, v in there.items() if k != "format"}, asked):
+        raise DataError(f"{folder} holds another export; give a new folder, or what made that one: {'; '.join(other)}")
+    elif not resume:
+        raise DataError(f"{folder} holds features already; say resume to go on there, or give a new folder")
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Beside the features, so that their tokens can be read without the model."""
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    if tokenizer is not None:
+        scratch = folder / f".{TOKENIZER}.{os.getpid()}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(scratch)
+        os.replace(scratch, folder / TOKENIZER)
+
+
+def _commit(folder: Path, export: str, texts: Sequence[Text], mine: Mapping[int, Entry]) -> None:
+    """Write the manifest over all shards. Raises DataError where another process did not write one of its own."""
+    if (folder / shard_name(len(texts))).exists():
+        raise DataError(f"{folder} holds shards of a longer text ({shard_name(len(texts))}); give all of it, or a new "
+                        "folder")
+    entries = [mine.get(number) or _present(folder, number, export, text) for number, text in enumerate(texts)]
+    if None in entries:
+        raise DataError(f"{folder / shard_name(entries.index(None))} is missing: was its process stopped? Run it again")
+    write_manifest(folder, [entry for entry in entries if entry is not None])
+
+
+# --- shards -------------------------------------------------------------------------------------------------
+
+def _lines(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    return [{"doc_id": d.number, "tokens": len(d.ids), "columns": dict(d.columns)} for d in documents]
+
+
+def _text(part: Part) -> Text:
+    return token_checksum(*part.origins()), digest(documents_bytes(_lines(part.documents)))
+
+
+def _present(folder: Path, number: int, export: str, text: Text) -> Entry | None:
+    """The entry of a shard that is there. Raises DataError if it is of another text, SaeFormatError if it is broken."""
+    entry = read_entry(folder, number, export)
+    if entry is not None and (entry["tokens"], entry["documents_sha256"]) != text:
+        what = "tokens" if entry["tokens"] != text[0] else "columns"
+        raise DataError(f"{folder / shard_name(number)} was made of other documents: their {what} differ. Give the "
+                        "same text, or a new folder")
+    return entry
+
+
+def _written(folder: Path, part: Part, extractor: Extractor, export: str, dtype: str) -> Entry:
+    found = extractor.run(part)
+    return write_shard(folder, part.number, export=export, first_row=part.first_row, features=found.features,
+                       ordinary=found.ordinary, activations=found.activations, documents=_lines(part.documents),
+                       dtype=dtype)

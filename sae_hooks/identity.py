@@ -1,0 +1,82 @@
+"""What tells one model, SAE or tokenizer from another: plain JSON, compared when an export goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sae import SAE
+
+SAMPLED = 64  # values of each parameter of a model; hashing them all would take as long as loading it
+TOLD = ("name", "revision", "source")  # for people: the same model may be found under another name
+
+
+def model_identity(model: nn.Module) -> dict[str, Any]:
+    """Class, dtype, and digests of its config and of some values of each parameter; where it came from."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if config is not None else {}
+    kept = {key: value for key, value in settings.items() if not key.startswith(("_", "transformers_version"))}
+    return {"name": getattr(config, "_name_or_path", "") or type(model).__name__,
+            "revision": getattr(config, "_commit_hash", None), "class": type(model).__name__,
+            "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
+            "config": _digest([json.dumps(kept, sort_keys=True, default=str).encode()]),
+            "weights": _digest(_sample(name, p) for name, p in model.named_parameters())}
+
+
+def sae_identity(sae: SAE) -> dict[str, Any]:
+    """Site, sizes and a digest of all tensors; where it came from."""
+    tensors = sorted(sae.named_parameters())
+    return {"site": sae.site, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k,
+            "dtype": str(sae.dtype).removeprefix("torch."), "typical_norm": sae.metadata.get("typical_norm"),
+            "source": sae.metadata.get("source"),
+            "weights": _digest(part for name, p in tensors for part in (name.encode(), raw_bytes(p)))}
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
+    """Class and a digest of what decides its ids; None for no tokenizer."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    kept = {key: value for key, value in facts.items() if key not in ("padding", "truncation")}
+    return {"name": getattr(tokenizer, "name_or_path", ""), "class": type(tokenizer).__name__,
+            "vocabulary": _digest([json.dumps(kept, sort_keys=True).encode()]),
+            "chat_template": _digest([str(tokenizer.chat_template).encode()])
+            if getattr(tokenizer, "chat_template", None) else None}
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[str]:
+    """Where two identities differ, as "saes.model.layers.2.output.weights: there x, here y"; what only people read is
+    left out."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in (*there, *(k for k in here if k not in there)) if key not in TOLD]
+        return [one for key in keys for one in differences(there.get(key), here.get(key),
+                                                           f"{path}.{key}" if path else str(key))]
+    return [] if there == here else [f"{path}: there {there!r}, here {here!r}"]
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values as they lie in row-major order."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _sample(name: str, parameter: Tensor) -> bytes:
+    """Name, shape and values spread over a parameter; off-loaded ones (on "meta") have none to show."""
+    told = f"{name}{tuple(parameter.shape)}".encode()
+    if parameter.device.type == "meta" or not parameter.numel():
+        return told
+    flat = parameter.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLED)
+    return told + raw_bytes(flat[::step][:SAMPLED])
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()[:32]

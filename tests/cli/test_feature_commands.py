@@ -1,0 +1,90 @@
+"""`sae-hooks extract`, `find` and `top`: what they write and print, and what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sae_hooks.store import open_features
+
+ROWS = [{"text": "In the beginning God created the heaven and the earth.", "domain": "bible"},
+        {"text": "def f(x):\n    return x + 1", "domain": "python"}, {"text": "", "domain": "nothing"},
+        {"text": "Add the butter and stir until smooth.", "domain": "recipes"}]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def extract(run, model, one_sae, texts, tmp_path):
+    return lambda *more: run("extract", model, one_sae, "--text", texts, "--out", tmp_path / "features", *more)
+
+
+@pytest.mark.parametrize("command", ["extract", "find", "top"])
+def test_help_shows_an_example(run, command):
+    assert f"Example: sae-hooks {command} " in run(command, "--help").stdout
+
+
+def test_extract_writes_a_store_and_tells_what_it_holds(extract, tmp_path):
+    done = extract("--activations", "--window", 16)
+    assert done.exit_code == 0, done.stderr
+    store = open_features(tmp_path / "features")
+    assert done.stdout.strip() == repr(store)
+    assert store.labels("domain") == [row["domain"] for row in ROWS]
+    assert store.activations().shape == (len(store), 192)
+
+
+def test_extract_goes_on_only_when_it_is_told_to(extract, tmp_path):
+    assert extract("--limit", 2).exit_code == 0
+    again = extract("--limit", 2)
+    assert again.exit_code == 1
+    assert "say resume" in again.stderr
+    assert extract("--limit", 2, "--resume").exit_code == 0
+    assert open_features(tmp_path / "features").documents == 2
+    assert "other documents" in extract("--resume").stderr
+
+
+def test_top_shows_the_strongest_contexts(run, extract, tmp_path):
+    extract()
+    store = open_features(tmp_path / "features")
+    feature = int(store.shards().__next__().indices.bincount().argmax())
+    best = store.top(feature, 3)
+    shown = run("top", tmp_path / "features", feature, "-n", 3)
+    assert f"{best[0].activation:.2f}" in shown.stdout
+    found = json.loads(run("top", tmp_path / "features", feature, "-n", 3, "--json").stdout)
+    assert [one["row"] for one in found] == [one.row for one in best]
+    assert run("top", tmp_path / "features", 4096).exit_code == 1
+
+
+def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_path):
+    (tmp_path / "code.txt").write_text("import os\nprint(os.getcwd())")
+    asked = ("find", model, one_sae, "--positive", ROWS[0]["text"], "--positive", "And God said, Let there be light.",
+             "--negative", tmp_path / "code.txt", "--negative", ROWS[3]["text"], "-n", 5)
+    done = run(*asked)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(run(*asked, "--json").stdout)
+    assert len(found) == 5
+    assert str(found[0]["feature"]) in done.stdout
+    assert found[0]["auroc"] >= found[-1]["auroc"] >= 0.5
+
+
+def test_a_file_that_is_not_there_is_no_text(run, model, one_sae):
+    done = run("find", model, one_sae, "--positive", "german.txt", "--negative", "The weather is fine.")
+    assert done.exit_code == 1
+    assert "there is no file german.txt" in done.stderr
+
+
+@pytest.mark.slow
+def test_extract_under_torchrun_prints_once(model, one_sae, texts, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "sae_hooks.training.cli", "extract", model, one_sae, "--text", texts, "--out", tmp_path / "features"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("FeatureStore(") == 1

@@ -1,0 +1,214 @@
+"""export_features: the store is the extraction, goes on where it was cut off, and is refused to anything else."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_hooks import attach_saes
+from sae_hooks.errors import DataError, SaeFormatError
+from sae_hooks.export import export_features
+from sae_hooks.extract import extract_features
+from sae_hooks.store import open_features
+
+SITE = "model.layers.2.output"
+WORKER = Path(__file__).with_name("export_worker.py")
+ROWS = [{"text": "In the beginning God created the heaven and the earth.", "label": "bible", "n": 1},
+        {"text": "", "label": "empty"}, {"text": "def f(x):\n    return x + 1", "label": "python"},
+        {"text": "Add the butter and stir until smooth. " * 12, "label": "recipe"},
+        {"text": "If the file is empty, return an error.", "label": "manual"}]
+
+
+@pytest.fixture
+def model(tiny_gemma2, random_sae):
+    return attach_saes(tiny_gemma2, random_sae(192, 512, SITE, norm=34))
+
+
+@pytest.fixture
+def export(model, tiny_tokenizer):
+    """export(folder, documents=ROWS, **changes)"""
+    def run(folder, documents=ROWS, **changes):
+        settings = {"tokenizer": tiny_tokenizer, "tokens_per_shard": 40, "window": 32, "overlap": 4} | changes
+        return export_features(model, documents, folder, **settings)
+    return run
+
+
+def contents(folder):
+    """{name: digest} of every file."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_store_holds_what_extraction_yields(export, model, tiny_tokenizer, tmp_path):
+    store = export(tmp_path / "f", dtype="float32", activations=True)
+    parts = list(extract_features(model, ROWS, tokenizer=tiny_tokenizer, window=32, overlap=4, activations=True,
+                                  tokens_per_part=40))
+    assert len(parts) > 2
+    assert len(store) == sum(map(len, parts))
+    for part, shard in zip(parts, store.shards(SITE), strict=True):
+        for name in ("indptr", "indices", "values", "doc_id", "position", "token_id"):
+            assert torch.equal(getattr(part.features[SITE], name), getattr(shard, name)), name
+    assert torch.equal(torch.as_tensor(store.activations(SITE)), torch.cat([p.activations[SITE] for p in parts]))
+    assert store.labels("label") == [row["label"] for row in ROWS]
+    assert store.labels("n") == [1, None, None, None, None]
+
+
+def test_the_tokenizer_is_kept_so_that_texts_can_be_read(export, tmp_path):
+    store = export(tmp_path / "f")
+    assert "butter" in store.document_text(3)
+
+
+@pytest.mark.parametrize("stop", range(3))
+def test_an_export_that_failed_goes_on_and_ends_with_the_same_bytes(export, model, tmp_path, stop):
+    export(tmp_path / "whole")
+    seen = 0
+
+    def fail(rows, documents):
+        nonlocal seen
+        seen += 1
+        if seen == stop + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "cut", progress=fail)
+    with pytest.raises(SaeFormatError, match="not finished"):
+        open_features(tmp_path / "cut")
+    ran = []
+    handle = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    export(tmp_path / "cut")
+    handle.remove()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a finished export is made again"))
+    export(tmp_path / "cut")
+
+
+def refused(export, folder, message, **changes):
+    before = contents(folder)
+    with pytest.raises(DataError, match=message):
+        export(folder, **changes)
+    assert contents(folder) == before
+
+
+def test_another_sae_model_tokenizer_text_or_setting_is_refused_by_name(
+        export, model, tiny_tokenizer, random_sae, tmp_path, tiny_gemma2_loaded):
+    folder = tmp_path / "f"
+    export(folder)
+    refused(export, folder, "settings.window: there 32, here 30", window=30)
+    refused(export, folder, "settings.dtype", dtype="float32")
+    refused(export, folder, "say resume", resume=False)
+    refused(export, folder, r"shard-00000.*other documents: their tokens differ", documents=[{"text": "Another."}])
+    relabelled = [row | {"label": "x"} for row in ROWS]
+    refused(export, folder, "their columns differ", documents=relabelled)
+    export(tmp_path / "single", tokens_per_shard=1)
+    refused(export, tmp_path / "single", "holds shards of a longer text", documents=ROWS[:3], tokens_per_shard=1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    refused(export, folder, "model.weights: there")
+    model.model.load_state_dict(tiny_gemma2_loaded.model.state_dict())
+    model.saes.special_ids = {2}
+    refused(export, folder, "special_ids")
+
+
+def test_another_sae_is_refused(export, model, random_sae, tmp_path):
+    export(tmp_path / "f")
+    model.saes.detach()
+    attach_saes(model, random_sae(192, 512, SITE, seed=7, norm=34))
+    refused(export, tmp_path / "f", r"saes.model.layers.2.output.weights: there '\w+', here")
+
+
+def test_an_edit_that_is_open_belongs_to_what_was_exported(export, model, tmp_path):
+    edit = model.saes.add({3: 1.0})
+    export(tmp_path / "f")
+    with pytest.warns(match="touched no position"):  # its site is where extraction ends
+        edit.remove()
+    refused(export, tmp_path / "f", "edits: there")
+
+
+def test_a_folder_of_something_else_is_left_alone(export, tmp_path):
+    (tmp_path / "thesis.tex").write_text("\\begin{document}")
+    refused(export, tmp_path, "is not empty")
+
+
+def test_a_broken_shard_stops_the_resume_and_says_what_to_do(export, tmp_path):
+    export(tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(SaeFormatError, match="shard-00001"):
+        export(tmp_path)
+
+
+def test_a_value_that_float16_cannot_hold_is_refused_and_bfloat16_takes_it(export, model, tmp_path):
+    with torch.no_grad():
+        model.saes[SITE].W_enc[:, 5] *= 1e5
+    with pytest.raises(DataError, match=r"feature 5 is .* too large for float16; take dtype='bfloat16'"):
+        export(tmp_path / "f16")
+    assert export(tmp_path / "bf16", dtype="bfloat16").column(5, SITE)[1].max() > 65504
+
+
+def test_documents_without_any_token_make_a_store_of_no_rows(export, tmp_path):
+    store = export(tmp_path, documents=["", None])
+    assert (len(store), store.documents) == (0, 2)
+    assert store.pooled("max").shape == (2, 512)
+
+
+# --- processes that die, and several at once ------------------------------------------------------------------
+
+def worker(folder, *arguments, launcher=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "f"
+    finished(worker(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(uninterrupted, tmp_path):
+    random_moments, folder, killed = random.Random(0), tmp_path / "f", 0
+    for _ in range(12):
+        process = worker(folder)
+        process.stdout.readline()  # it is loaded, and begins
+        time.sleep(random_moments.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        process.stderr.close()
+    finished(worker(folder))
+    assert killed >= 3
+    assert contents(folder) == contents(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"), (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no",
+    "--dynamo_backend=no", "--main_process_port=0", "--num_processes", "2")], ids=["torchrun", "accelerate"])
+def test_two_processes_write_what_one_does(uninterrupted, tmp_path, launcher):
+    finished(worker(tmp_path / "f", launcher=launcher))
+    assert contents(tmp_path / "f") == contents(uninterrupted)
+
+
+def test_a_full_disk_loses_nothing_and_leaves_no_litter(uninterrupted, tmp_path):
+    done = subprocess.run([sys.executable, str(WORKER), str(tmp_path / "f"), "--file-size", "20000"],
+                          capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+    assert "DataError" in done.stderr
+    assert "could not be written" in done.stderr
+    assert not list((tmp_path / "f").rglob("*.tmp"))
+    finished(worker(tmp_path / "f"))
+    assert contents(tmp_path / "f") == contents(uninterrupted)

@@ -1,0 +1,174 @@
+"""extract_features: the rows that a capture gives, whatever the batches, and the model as it was."""
+
+import numpy as np
+import pytest
+import torch
+
+from sae_hooks import attach_saes
+from sae_hooks.errors import DataError, EditError, SaeAttachError
+from sae_hooks.extract import extract_features
+from sae_hooks.sparse import concatenate
+
+SITE, LOWER = "model.layers.2.output", "model.layers.0.output"
+TEXTS = ["In the beginning God created the heaven and the earth.", "def f(x):\n    return x + 1", "", "Add the butter.",
+         "If the file is empty, return an error, and say so on the standard error of the process. " * 3]
+
+
+@pytest.fixture
+def model(tiny_gemma2, random_sae):
+    attach_saes(tiny_gemma2, random_sae(192, 512, SITE, norm=34))
+    return attach_saes(tiny_gemma2, random_sae(192, 320, LOWER, seed=1, norm=23))
+
+
+def joined(parts, site=SITE):
+    return concatenate([part.features[site] for part in parts])
+
+
+def same(one, other, tolerance=1e-4):
+    for name in ("indptr", "indices", "doc_id", "position", "token_id"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.allclose(one.values, other.values, atol=tolerance)
+
+
+def captured(model, tokenizer, texts, site=SITE):
+    """A text at a time, through model.saes.capture: the second implementation."""
+    parts = []
+    for number, text in enumerate(texts):
+        if text:
+            with torch.no_grad(), model.saes.capture() as found:
+                model(**tokenizer(text, return_tensors="pt"))
+            parts.append(found[site])
+            parts[-1].doc_id.fill_(number)
+    return concatenate(parts)
+
+
+@pytest.mark.parametrize("site", [SITE, LOWER])
+def test_the_rows_are_those_of_a_capture_of_each_text_alone(model, tiny_tokenizer, site):
+    found = joined(extract_features(model, TEXTS, tokenizer=tiny_tokenizer), site)
+    assert len(found.indices) > 10 * len(TEXTS)
+    same(found, captured(model, tiny_tokenizer, TEXTS, site))
+
+
+@pytest.mark.parametrize(("per_part", "per_batch"), [(1, 1), (16, 40), (50, 4096), (10_000, 64)])
+def test_rows_do_not_depend_on_parts_and_batches(model, tiny_tokenizer, per_part, per_batch):
+    whole = joined(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+    parts = list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer, tokens_per_part=per_part,
+                                  tokens_per_batch=per_batch))
+    same(joined(parts), whole)
+    assert [d.number for part in parts for d in part.documents] == list(range(len(TEXTS)))
+
+
+def test_a_long_document_is_cut_into_windows_that_see_what_came_before(model, tiny_tokenizer):
+    ids = tiny_tokenizer(TEXTS[-1])["input_ids"]
+    found = joined(extract_features(model, [{"input_ids": ids}], tokenizer=tiny_tokenizer, window=24, overlap=7))
+    assert found.token_id.tolist() == ids
+    assert found.position.tolist() == list(range(len(ids)))
+    second = [ids[0], *ids[24 - 7:24 - 7 + 23]]  # BOS, 7 tokens of context, 16 of its own
+    with torch.no_grad(), model.saes.capture() as alone:
+        model(torch.tensor([second]))
+    same_rows = found[24:40]
+    assert torch.equal(same_rows.indices, alone[SITE][8:].indices)
+
+
+def test_activations_stand_beside_the_features_row_by_row(model, tiny_tokenizer):
+    (part,) = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, activations=True)
+    sae, x = model.saes[SITE], part.activations[SITE]
+    assert x.shape == (len(part), 192)
+    again = sae.encode(x) * part.ordinary[SITE][:, None]
+    assert torch.allclose(again, part.features[SITE].to_dense(), atol=1e-5)
+
+
+def test_special_tokens_have_empty_rows_unless_they_are_asked_for(model, tiny_tokenizer):
+    (plain,), (all_of_them,) = (extract_features(model, TEXTS, tokenizer=tiny_tokenizer, special_tokens=special)
+                                for special in (False, True))
+    bos = plain.features[SITE].token_id == tiny_tokenizer.bos_token_id
+    assert bos.sum() == len(TEXTS) - 1
+    assert not plain.ordinary[SITE][bos].any()
+    assert (plain.features[SITE].indptr.diff()[bos] == 0).all()
+    assert all_of_them.ordinary[SITE].all()
+
+
+def test_nothing_above_the_deepest_site_runs(model, tiny_tokenizer):
+    ran = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+    assert set(ran) == {0, 1, 2}
+    ran.clear()
+    list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer, sites=[LOWER]))
+    assert set(ran) == {0}
+
+
+def test_only_the_sites_that_are_named_are_encoded(model, tiny_tokenizer):
+    (part,) = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, sites=[LOWER])
+    assert list(part.features) == [LOWER]
+    with pytest.raises(EditError, match="there are"):
+        extract_features(model, TEXTS, tokenizer=tiny_tokenizer, sites=["model.layers.1.output"])
+
+
+def test_an_edit_reaches_the_sites_above_it_and_not_its_own(model, tiny_tokenizer):
+    plain = list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+    with model.saes.clamp({3: 200.0}, layer=0):
+        changed = list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+    same(joined(changed, LOWER), joined(plain, LOWER))
+    assert not torch.equal(joined(changed).indices, joined(plain).indices)
+
+
+def test_the_model_is_as_it_was_between_parts_and_after_an_error(model, tiny_tokenizer):
+    model.train()
+    ids = tiny_tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    parts = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, tokens_per_part=8)
+    next(parts)
+    assert not model.saes._runtime.requests()
+    assert all(module.training for module in model.modules())
+    hooks = {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(parts)
+    assert not model.saes._runtime.requests()
+    assert hooks == {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    assert ids.shape[1] > 3
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2", "GPTNeoX", "Gemma3"])
+def test_other_architectures_and_token_ids_without_a_tokenizer(random_model, random_sae, architecture):
+    model = random_model(architecture)
+    site = {"GPT2": "transformer.h.1.output", "GPTNeoX": "gpt_neox.layers.1.output",
+            "Gemma3": "model.language_model.layers.1.output"}.get(architecture, "model.layers.1.output")
+    attach_saes(model, random_sae(32, 64, site))
+    rows = [[2, 11, 12, 13], np.arange(20, 60), torch.arange(9, 30)]
+    (part,) = extract_features(model, rows)
+    found = part.features[next(iter(model.saes))]
+    assert found.token_id.tolist() == [int(i) for row in rows for i in row]
+    assert found.doc_id.bincount().tolist() == [4, 40, 21]
+    assert len(found.indices)
+
+
+def test_a_transcoder_is_encoded_where_it_reads(tiny_gemma2, tiny_tokenizer, random_sae):
+    site = "model.layers.1.pre_feedforward_layernorm.output"
+    sae = random_sae(192, 256, site, site_out="model.layers.1.post_feedforward_layernorm.output", norm=14)
+    attach_saes(tiny_gemma2, sae)
+    (part,) = extract_features(tiny_gemma2, TEXTS[:2], tokenizer=tiny_tokenizer, activations=True)
+    name = next(iter(tiny_gemma2.saes))
+    with torch.no_grad(), tiny_gemma2.saes.capture() as alone:
+        tiny_gemma2(**tiny_tokenizer(TEXTS[0], return_tensors="pt"))
+    assert torch.equal(part.features[name][:len(alone[name])].indices, alone[name].indices)
+
+
+def test_no_documents_are_no_parts_and_empty_ones_an_empty_part(model, tiny_tokenizer):
+    (part,) = extract_features(model, ["", None], tokenizer=tiny_tokenizer)
+    assert len(part) == 0
+    assert [len(d.ids) for d in part.documents] == [0, 0]
+    assert part.features[SITE].d_sae == 512
+
+
+def test_a_model_without_saes_is_refused(tiny_gemma2, tiny_tokenizer):
+    with pytest.raises(SaeAttachError, match=r"attach_saes\(model, source\) first"):
+        extract_features(tiny_gemma2, TEXTS, tokenizer=tiny_tokenizer)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_are_no_attention_sinks(model, tiny_tokenizer, value):
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out.index_fill(1, torch.tensor([2]), value))
+    with pytest.raises(DataError, match="not finite"):
+        list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
