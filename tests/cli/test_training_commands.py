@@ -83,7 +83,8 @@ def test_the_older_commands_are_there_too_and_help_imports_nothing_heavy():
                "print(*get_command(c.app).commands); "
                "print([n for n in ('transformers', 'matplotlib', 'datasets', 'scipy') if n in sys.modules])")
     told = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True).stdout.splitlines()
-    assert told[0].split() == ["list", "check", "generate", "convert", "extract", "find", "top", "train", "eval", "push"]
+    assert told[0].split() == ["list", "check", "generate", "convert", "extract", "find", "top", "train", "eval",
+                               "push"]
     assert told[1] == "[]"
 
 

@@ -19,7 +19,7 @@ from sae_hooks import attach_saes, detach_saes, kernels
 from sae_hooks.errors import DataError, SaeAttachError, SaeMismatchError, SiteError
 from sae_hooks.measure import Statistics
 from sae_hooks.sae import SAE
-from sae_hooks.training import evaluate, top_contexts
+from sae_hooks.training import evaluate
 from sae_hooks.training.metrics import Evaluation, evaluate_all
 
 from .conftest import BOS, SINK
@@ -370,17 +370,3 @@ def test_an_sae_keeps_its_place_and_gradients(model_with_a_sink_token: LlamaForC
 
     assert 0 < (result.uniformity or 0) <= 1
     assert all(p.requires_grad and p.grad is None for p in sae.parameters())
-
-
-# --- contexts -------------------------------------------------------------------------------------------
-
-def test_top_contexts_hold_the_strongest_ordinary_tokens(model_with_a_sink_token: LlamaForCausalLM) -> None:
-    found = top_contexts(model_with_a_sink_token, identity_sae(), [(IDS, MASK)], special_ids=[0, BOS], keep=1)
-
-    hidden = model_with_a_sink_token(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states[2]
-    strongest = hidden[ORDINARY][:, 0].max()
-    context = found.top(0)[0]
-    assert context.activation == pytest.approx(float(strongest), rel=1e-4)
-    assert context.token == int(IDS[ORDINARY][hidden[ORDINARY][:, 0].argmax()])
-    assert found.tokens == 6
-    assert 0 < found.frequency(0) < 1
