@@ -1,4 +1,4 @@
-"""What extraction costs beside the bare forward pass, what it holds in memory, and what its store weighs.
+"""What extraction costs beside the bare forward pass, and what it holds in memory.
 
     python benchmarks/extract.py speed                 # SmolLM2-135M, 16,384 features after layer 15
     python benchmarks/extract.py memory --text FILE    # tiny-gemma2, 2 million tokens
@@ -31,11 +31,11 @@ from sae_hooks import SAE, attach_saes, export_features
 from sae_hooks.documents import Window
 from sae_hooks.extract import Extractor, Part, _batches
 from sae_hooks.forward import DeepEnoughError
-from sae_hooks.store import open_features
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 L0 = 60
+SITE = "model.layers.2.output"  # of tiny-gemma2
 MILLION = 1_000_000
 
 
@@ -142,7 +142,7 @@ def interleaved(what: dict[str, Callable[[], Any]], clock: Callable[[], float], 
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-# --- memory, and the store ----------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------
 
 def memory(args: argparse.Namespace) -> str:
     """Export to a store; how memory grows, how long opening and reading take."""
@@ -151,7 +151,7 @@ def memory(args: argparse.Namespace) -> str:
     folder = ROOT / "tests" / "models" / "tiny-gemma2"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    attach_saes(model, random_sae(sample(model, tokenizer, args.text), 16_384, "model.layers.2.output"))
+    attach_saes(model, random_sae(sample(model, tokenizer, args.text), 16_384, SITE))
     texts = first_texts(args.text, tokenizer, args.tokens)
     before, points = resident(), [(0, 0.0)]
     peak = Peak()
@@ -163,30 +163,15 @@ def memory(args: argparse.Namespace) -> str:
         start = time.perf_counter()
         export_features(model, texts, out, tokenizer=tokenizer, window=256, progress=note)
         seconds = time.perf_counter() - start
-        told = facts_of_store(Path(out))
+        size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+        shards = json.loads((Path(out) / "manifest.json").read_text())["shards"]
+        nonzeros = sum(entry["nonzeros"][SITE] for entry in shards)
     draw(points[1:])
     most = max(mb for _, mb in points)
     early = max(mb for tokens, mb in points if tokens <= 200_000)
     return (f"tiny-gemma2, 16,384 features: {points[-1][0]:,} tokens in {seconds:.0f} s; at most {most:.0f} MB above "
-            f"the model and its texts, {early:.0f} MB in the first 200,000 tokens\n{told}")
-
-
-def facts_of_store(folder: Path) -> str:
-    """Bytes a non-zero, and how long it takes to open it, to read a feature."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    start = time.perf_counter()
-    store = open_features(folder)
-    opened = time.perf_counter() - start
-    nonzeros = sum(len(part.indices) for part in store.shards())
-    columns = []
-    for feature in range(5):
-        start = time.process_time()
-        store.column(feature)
-        columns.append(time.process_time() - start)
-    million = statistics.median(columns) * MILLION / len(store)
-    return (f"store: {size / 1e6:,.0f} MB, {nonzeros:,} non-zeros ({nonzeros / len(store):.1f} a token), "
-            f"{size / nonzeros:.2f} bytes each; opened in {opened * 1e3:.0f} ms; a feature's column in "
-            f"{million * 1e3:.0f} ms of CPU time a million tokens")
+            f"the model and its texts, {early:.0f} MB in the first 200,000 tokens; {size / 1e6:,.0f} MB on disk, "
+            f"{size / nonzeros:.2f} bytes a non-zero")
 
 
 def sample(model: Any, tokenizer: Any, path: Path) -> torch.Tensor:
@@ -194,7 +179,7 @@ def sample(model: Any, tokenizer: Any, path: Path) -> torch.Tensor:
     from sae_hooks.training import padded_batches, windows
     from sae_hooks.training.harvest import ordinary, site_activations
 
-    site, rows = "model.layers.2.output", []
+    site, rows = SITE, []
     some = [window for window, _ in zip(windows(read_texts(path), tokenizer, 256), range(40), strict=False)]
     for ids, mask in padded_batches(some):
         x = site_activations(model, [site], ids, mask)[site]

@@ -7,9 +7,8 @@ is of the same token.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sae_hooks.errors import DataError, SiteError
+from sae_hooks.forward import DeepEnoughError, input_device, uncompiled
 from sae_hooks.runtime import SINK_MULTIPLE
 from sae_hooks.sites import Site, find_input, normalize, read, resolve
 
@@ -56,10 +56,6 @@ def _padded(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-class _DeepEnoughError(Exception):
-    """Raised by the last site that is met: nothing above it is wanted."""
-
-
 @torch.no_grad()  # not inference_mode: a training may go on to differentiate through what comes out
 def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Run model on ids, mask (batch, length) as deep as sites need: {site: x (batch, length, d_in)}.
@@ -68,26 +64,12 @@ def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: 
     computes it, which differs between sites of a model that accelerate has spread over devices. The model is left as it
     was. Raises SiteError for a site that it has not, or that a forward pass does not reach.
     """
-    where = _input_device(model, ids.device)
-    with _uncompiled(), _recording(model, sites) as seen, suppress(_DeepEnoughError):
+    where = input_device(model, ids.device)
+    with uncompiled(), _recording(model, sites) as seen, suppress(DeepEnoughError):
         model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False)
     if unmet := [site for site in sites if site not in seen]:
         raise SiteError(f"a forward pass of {type(model).__name__} on text never reaches {', '.join(unmet)}")
     return {site: seen[site] for site in sites}
-
-
-def _input_device(model: nn.Module, default: torch.device) -> torch.device | str | int:
-    """Where accelerate's hook takes the inputs, or where the weights are; those on "meta" are off-loaded."""
-    planned: torch.device | str | int | None = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if planned is not None:
-        return planned
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), default)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run compiled models as they were written: a graph would not let a hook end the pass. Costs nothing where no
-    compiler was imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -107,7 +89,7 @@ def _record_at(place: Site, name: str, seen: dict[str, Tensor], wanted: int) -> 
     def note(x: Tensor) -> None:
         seen[name] = x.detach()
         if len(seen) == wanted:
-            raise _DeepEnoughError
+            raise DeepEnoughError
         seen[name] = seen[name].clone()  # some models go on to add to it in place (Falcon's parallel MLP)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

@@ -22,6 +22,7 @@ from sae_hooks.documents import prefix_ids
 from sae_hooks.errors import CheckpointError, DataError
 from sae_hooks.formats.saelens import CONFIG
 from sae_hooks.hub.safe_files import json_bytes, parse_json, write_atomically
+from sae_hooks.processes import launched_share
 from sae_hooks.sae import SAE
 from sae_hooks.sites import alias, resolve
 
@@ -30,7 +31,7 @@ from .learner import Trainee
 from .live import LiveStream
 from .parallel import ALONE, Parallel, stated
 from .recipes import Recipe
-from .shards import harvest_infos, launched_share, write_shards
+from .shards import harvest_infos, write_shards
 from .stream import CachedStream, Stream
 from .text import Windows
 from .trainer import train

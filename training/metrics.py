@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sae_hooks.attach import attach_saes, detach_saes
 from sae_hooks.errors import DataError, SaeAttachError
+from sae_hooks.forward import eval_mode, input_device
 from sae_hooks.measure import Group, Measurement, Trial, grouped, measure, ratio
 from sae_hooks.sae import SAE
 from sae_hooks.saes import Saes
@@ -132,7 +133,7 @@ def evaluate_all(model: nn.Module, saes: Mapping[str, SAE], batches: Batches, sp
         groups = grouped(list(measurements.values()), model)
         for ids, mask in batches:
             _take_text(text, ids, mask)
-            device = _input_device(model) or ids.device
+            device = input_device(model, ids.device)
             trial = Trial(model, attached._runtime, ids.to(device), mask.to(device))
             measure(trial, groups)
             if uniformity_positions:
@@ -170,18 +171,15 @@ def _attached(model: nn.Module, saes: Mapping[str, SAE], special_ids: Iterable[i
         raise SaeAttachError(
             f"SAEs are attached to this {type(model).__name__}: {', '.join(present)}; evaluate attaches those that it "
             "measures itself, so call detach_saes(model) first")
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        for name, sae in saes.items():
-            attach_saes(model, sae, name=name)
-        attached: Saes = model.saes  # type: ignore[assignment]
-        attached.special_ids = attached.special_ids | set(special_ids)
-        yield attached
-    finally:
-        detach_saes(model)
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        try:
+            for name, sae in saes.items():
+                attach_saes(model, sae, name=name)
+            attached: Saes = model.saes  # type: ignore[assignment]
+            attached.special_ids = attached.special_ids | set(special_ids)
+            yield attached
+        finally:
+            detach_saes(model)
 
 
 def _take_text(text: hashlib._Hash, ids: Tensor, mask: Tensor) -> None:
@@ -189,10 +187,3 @@ def _take_text(text: hashlib._Hash, ids: Tensor, mask: Tensor) -> None:
     for row, keep in zip(ids.cpu(), mask.cpu().bool(), strict=True):
         kept = row[keep].long().numpy()
         text.update(len(kept).to_bytes(8, "little") + kept.astype("<i8").tobytes())
-
-
-def _input_device(model: nn.Module) -> torch.device | None:
-    """Where the model wants its token ids; None where its embedding does not tell (offloaded, or not to be found)."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if find else None, "weight", None)
-    return weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else None

@@ -20,8 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sae_hooks import errors
 from sae_hooks.errors import TrainingError
-
-from .shards import launched_share
+from sae_hooks.processes import launched_share
 
 P = ParamSpec("P")
 R = TypeVar("R")

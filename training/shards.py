@@ -14,12 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sae_hooks.errors import DataError, SaeWarning
+from sae_hooks.processes import launched_share
 
 from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, harvest, measure_sites
 from .text import Window
@@ -99,19 +99,6 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
             for site, x in found.items():  # all of them, so that their rows are surely of the same tokens
                 _save(x, paths[site])
             yield max(map(len, found.values()))
-
-
-def launched_share() -> tuple[int, int]:
-    """(rank, processes) under `accelerate launch` or torchrun; (0, 1) in a process that stands alone.
-
-    Starts accelerate's process group if nobody has yet.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    return state.process_index, state.num_processes
 
 
 def read_info(folder: Path) -> HarvestInfo:
