@@ -8,10 +8,9 @@ Each line of the texts is {"text": ...}. What is in the cache is not made again,
 off; `--part i/n` does every n-th run only, for several processes (harvest first: `--only harvest`). It ends with
 results/pareto-MODEL.{json,md,png,svg}.
 
-Tuning: each method has equally many settings, some learning rates with some values of its own most important number,
-tried at the middle sparsity with the first seed (tiny-gemma2: in shorter runs); the setting with the least FVU there is
-taken for all. Methods whose L0 is not given but follows from a coefficient are tried at two coefficients, and compared
-at the same L0 by interpolation.
+Tuning: at each sparsity, each method is trained with equally many learning rates and the first seed, in full; the
+other seeds have the rate with the least FVU on activations that no run is trained on. Methods whose L0 is not given but
+follows from a coefficient are compared at the same L0 by interpolation.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from sae_hooks import SAE, load_sae
 from sae_hooks.check import Statistics
+from sae_hooks.documents import prefix_ids
 from sae_hooks.training import (
     BatchTopK,
     CachedStream,
@@ -46,71 +45,68 @@ from sae_hooks.training.metrics import evaluate_all
 from sae_hooks.training.plots import pareto_plot
 from sae_hooks.training.report import make_report, read_report, write_report
 from sae_hooks.training.shards import Shards, harvest_infos, write_shards
-from sae_hooks.training.text import context_windows, documents, prefix_ids
+from sae_hooks.training.text import context_windows, documents
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WINDOW, WINDOWS_PER_SHARD = 256, 128
-TUNING_TOKENS = 16_384  # at the end of the cache, trained on by no run
+TUNING_TOKENS = 65_536  # at the end of the cache, trained on by no run
 
 
 @dataclass(frozen=True)
 class Setup:
     """One model's experiment: where, how large, how long.
 
-    sweep: of each method, its sparsities: features a token, or coefficients that lead there. rates: the learning rates,
-    and own: of each method, the values of its own number (OWN_NUMBER), that are tried with each other.
+    sweep: of each method, its sparsities: features a token, or coefficients that lead there, the sparsest first. rates:
+    the learning rates that are tried.
     """
 
     site: str
     d_sae: int
     tokens: int
     steps: int
-    tuning_steps: int
     batch_size: int
     seeds: int
     held_out_windows: int
+    bandwidth: float
     sweep: dict[str, tuple[float, ...]]
-    rates: tuple[float, ...]
-    own: dict[str, tuple[float, ...]]
+    rates: dict[str, tuple[float, ...]]
 
 
 SETUPS = {
     "tiny-gemma2": Setup(
-        site="model.layers.2.output", d_sae=1024, tokens=2_400_000, steps=1200, tuning_steps=600, batch_size=1024,
-        seeds=3, held_out_windows=256, sweep={
+        site="model.layers.2.output", d_sae=1024, tokens=2_400_000, steps=1200, batch_size=1024, seeds=3,
+        held_out_windows=256, bandwidth=0.1, sweep={
             "JumpReLU": (5, 10, 20, 40, 80), "TopK": (5, 10, 20, 40, 80), "BatchTopK": (5, 10, 20, 40, 80),
-            "Gated": (0.38, 0.26, 0.17, 0.1, 0.06), "ReLU": (0.3, 0.2, 0.13, 0.075, 0.045)},
-        rates=(1e-3, 3e-3, 1e-2, 3e-2), own={
-            "JumpReLU": (0.03, 0.1), "TopK": (0, 128), "BatchTopK": (0, 128), "Gated": (0.1, 0.4),
-            "ReLU": (0.1, 0.4)}),
+            "Gated": (0.38, 0.26, 0.17, 0.1, 0.055), "ReLU": (0.28, 0.18, 0.11, 0.065, 0.04)},
+        rates={"JumpReLU": (5e-3, 1e-2, 2e-2), "TopK": (5e-3, 1e-2, 2e-2), "BatchTopK": (5e-3, 1e-2, 2e-2),
+               "Gated": (1e-2, 2e-2, 4e-2), "ReLU": (1e-2, 2e-2, 4e-2)}),
     "smollm2-135m": Setup(
-        site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, tuning_steps=1000, batch_size=1024,
-        seeds=1, held_out_windows=24, sweep={
+        site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, batch_size=1024, seeds=1,
+        held_out_windows=64, bandwidth=0.03, sweep={
             "JumpReLU": (10, 30, 80), "TopK": (10, 30, 80), "BatchTopK": (10, 30, 80),
-            "Gated": (0.28, 0.14, 0.065), "ReLU": (0.2, 0.085, 0.04)},
-        rates=(3e-3, 1e-2), own={
-            "JumpReLU": (0.03,), "TopK": (128,), "BatchTopK": (128,), "Gated": (0.1,), "ReLU": (0.1,)}),
+            "Gated": (0.18, 0.09, 0.045), "ReLU": (0.14, 0.065, 0.03)},
+        rates={"JumpReLU": (3e-3, 6e-3), "TopK": (3e-3, 6e-3), "BatchTopK": (3e-3, 6e-3), "Gated": (6e-3, 1.2e-2),
+               "ReLU": (6e-3, 1.2e-2)}),
 }
 
 
 # --- methods ----------------------------------------------------------------------------------------
 
-OWN_NUMBER = {  # what is tuned besides the learning rate; warm-ups of the penalty, as shares of the steps
-    "JumpReLU": "bandwidth", "TopK": "aux_k", "BatchTopK": "aux_k", "Gated": "warmup", "ReLU": "warmup",
-}
 FOLLOWS = ("Gated", "ReLU")  # methods whose L0 follows from a coefficient
+WARMUP = 1 / 3  # of the steps; after 100 of 1,200 some seeds of JumpReLU lost a tenth of their features at L0 80
+CLIP = 3.0  # SmolLM2 has tokens whose gradient is eighty times as long as others'
 
 
-def objective(method: str, sparsity: float, own: float, steps: int) -> Objective:
+def objective(method: str, sparsity: float, setup: Setup) -> Objective:
     """A method at a sparsity: features a token, or the coefficient of its penalty."""
     if method == "JumpReLU":
-        return JumpReLU(l0=sparsity, bandwidth=own, warmup=round(0.3 * steps))
+        return JumpReLU(l0=sparsity, bandwidth=setup.bandwidth, warmup=round(0.3 * setup.steps))
     if method in ("TopK", "BatchTopK"):
         kind = TopK if method == "TopK" else BatchTopK
-        return kind(k=int(sparsity), aux_k=int(own), dead_after=200_000)
+        return kind(k=int(sparsity), aux_k=128, dead_after=200_000)
     kind = Gated if method == "Gated" else ReLU
-    return kind(sparsity=sparsity, warmup=round(own * steps))
+    return kind(sparsity=sparsity, warmup=round(0.1 * setup.steps))
 
 
 @dataclass(frozen=True)
@@ -121,23 +117,22 @@ class Run:
     sparsity: float
     seed: int
     rate: float
-    own: float
-    steps: int
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.method}-{self.sparsity:g}-seed{self.seed}-lr{self.rate:g}-{self.own:g}-{self.steps}"
+        return f"{self.method}-{self.sparsity:g}-seed{self.seed}-lr{self.rate:g}"
 
 
 def trained(run: Run, setup: Setup, cache: Path) -> SAE:
     """The run's SAE, from the cache or by training."""
-    folder = cache / "runs" / run.name.replace(" ", "_")
+    folder = cache / "runs" / run.name
     if not (folder / "cfg.json").exists():
         stream = CachedStream(cache / "acts", [setup.site], seed=run.seed, epochs=None, max_tokens=setup.tokens)
         trainee = Trainee(name=run.name, site=setup.site, d_sae=setup.d_sae, seed=run.seed, learning_rate=run.rate,
-                          betas=(0.9, 0.999), objective=objective(run.method, run.sparsity, run.own, run.steps))
-        config = TrainConfig(steps=run.steps, batch_size=setup.batch_size, warmup=100, decay=0.5)
+                          betas=(0.9, 0.999), clip=CLIP, objective=objective(run.method, run.sparsity, setup))
+        config = TrainConfig(steps=setup.steps, batch_size=setup.batch_size, warmup=round(WARMUP * setup.steps),
+                             decay=0.5)
         train(stream, [trainee], config, progress=sys.stderr.isatty())[run.name].save_pretrained(folder)
         print(f"trained {run.name}", flush=True)
     return load_sae(folder)
@@ -145,27 +140,18 @@ def trained(run: Run, setup: Setup, cache: Path) -> SAE:
 
 # --- tuning -----------------------------------------------------------------------------------------
 
-def settings(method: str, setup: Setup) -> Iterator[tuple[float, float]]:
-    """The (learning rate, own number) that are tried for a method."""
-    return ((rate, own) for rate in setup.rates for own in setup.own[method])
+def tuning_runs(method: str, setup: Setup) -> list[Run]:
+    """With the first seed, each sparsity with each learning rate."""
+    return [Run(method, sparsity, 0, rate) for rate in setup.rates[method] for sparsity in setup.sweep[method]]
 
 
-def tuning_runs(method: str, setup: Setup, rate: float, own: float) -> list[Run]:
-    """At the middle sparsity, or at the two around it."""
-    middle = len(setup.sweep[method]) // 2
-    at = setup.sweep[method][middle - 1:middle + 1] if method in FOLLOWS else setup.sweep[method][middle:middle + 1]
-    return [Run(method, sparsity, 0, rate, own, setup.tuning_steps) for sparsity in at]
-
-
-def tuned(method: str, setup: Setup, cache: Path) -> tuple[float, float, dict[str, float]]:
-    """(learning rate, own number) of the least FVU at the middle L0; and the FVU of every setting."""
-    goal = setup.sweep["TopK"][len(setup.sweep["TopK"]) // 2]
-    x, found = tuning_rows(setup, cache), {}
-    for rate, own in settings(method, setup):
-        points = [measured(trained(run, setup, cache), x) for run in tuning_runs(method, setup, rate, own)]
-        found[rate, own] = at_l0(points, goal)
-    best = min(found, key=lambda setting: found[setting])
-    return *best, {f"lr {rate:g}, {OWN_NUMBER[method]} {own:g}": fvu for (rate, own), fvu in found.items()}
+def tuned(method: str, setup: Setup, cache: Path) -> list[dict[float, float]]:
+    """For each sparsity, FVU by learning rate; for methods whose L0 follows, at the L0 that the sparsity stands for."""
+    x = tuning_rows(setup, cache)
+    found = {run: measured(trained(run, setup, cache), x) for run in tuning_runs(method, setup)}
+    curves = {rate: [point for run, point in found.items() if run.rate == rate] for rate in setup.rates[method]}
+    return [{rate: at_l0(curve, goal) if method in FOLLOWS else curve[i][1] for rate, curve in curves.items()}
+            for i, goal in enumerate(setup.sweep["JumpReLU"])]
 
 
 def tuning_rows(setup: Setup, cache: Path) -> Tensor:
@@ -185,11 +171,12 @@ def measured(sae: SAE, x: Tensor) -> tuple[float, float]:
     return statistics.l0, statistics.fvu
 
 
-def at_l0(points: list[tuple[float, float]], l0: float) -> float:
-    """FVU at an L0, on the straight line through log L0 and log FVU of the two points; a single one as it is."""
-    if len(points) == 1:
-        return points[0][1]
-    (a, x), (b, y) = ((math.log(l0), math.log(fvu)) for l0, fvu in points)
+def at_l0(curve: list[tuple[float, float]], l0: float) -> float:
+    """The value at an L0 of a curve of (L0, value), on straight lines in log-log; the outer ones go on beyond it."""
+    points = sorted(curve)
+    above = next((i for i, (x, _) in enumerate(points) if x >= l0), len(points) - 1)
+    first = max(0, above - 1)
+    (a, x), (b, y) = ((math.log(l0), math.log(value)) for l0, value in points[first:first + 2])
     return math.exp(x + (y - x) * (math.log(l0) - a) / (b - a))
 
 
@@ -216,13 +203,14 @@ def main() -> None:
     if args.only == "harvest":
         return
     mine = part(args)
-    for run in mine([run for m in setup.sweep for s in settings(m, setup) for run in tuning_runs(m, setup, *s)]):
+    for run in mine([run for method in setup.sweep for run in tuning_runs(method, setup)]):
         trained(run, setup, cache)
     if args.only == "tune":
         return
     tuning = {method: tuned(method, setup, cache) for method in setup.sweep}
-    runs = [Run(method, sparsity, seed, *tuning[method][:2], setup.steps) for seed in range(setup.seeds)
-            for method, sweep in setup.sweep.items() for sparsity in sweep]
+    runs = [Run(method, sparsity, seed, min(tried, key=lambda rate: tried[rate]))
+            for seed in range(setup.seeds) for method, sweep in setup.sweep.items()
+            for sparsity, tried in zip(sweep, tuning[method], strict=True)]
     saes = {run.name: (run, trained(run, setup, cache)) for run in mine(runs)}
     if args.only == "train" or len(saes) < len(runs):
         return
@@ -285,8 +273,8 @@ def evaluate(args: argparse.Namespace, setup: Setup, model: Any, tokenizer: Any,
     windows = windows_of(args.held_out, tokenizer)[:setup.held_out_windows]
     plain = {name: sae for name, (_, sae) in saes.items()}
     found = evaluate_all(model, plain, list(padded_batches(windows)), tokenizer.all_special_ids)
-    facts = {name: {"method": run.method, "sparsity": run.sparsity, "seed": run.seed, "learning_rate": run.rate,
-                    OWN_NUMBER[run.method]: run.own} for name, (run, _) in saes.items()}
+    facts = {name: {"method": run.method, "sparsity": run.sparsity, "seed": run.seed, "learning_rate": run.rate}
+             for name, (run, _) in saes.items()}
     data = {"training": args.text.name, "held_out": args.held_out.name, "tokens_trained_on": setup.steps
             * setup.batch_size, "distinct_tokens": setup.tokens, "windows": len(windows)}
     write_report(make_report(found, plain, model=args.model, data=data, facts=facts), stem.with_suffix(".json"))
@@ -320,7 +308,7 @@ def page(name: str, setup: Setup, tuning: dict[str, Any], rows: dict[str, list[l
             table.append(f"| {method} | {entries[0].facts['sparsity']:g} | {m['l0']:.1f} | {m['fvu']:.4f} | "
                          f"{m['delta_loss']:.4f} | {m['loss_recovered']:.4f} | {m['gamma']:.3f} | {m['dead']:.1%} | "
                          f"{m['over_10_percent']:.2%} |")
-    return head + "\n".join(table) + "\n\n" + compared(setup, rows) + "\n" + tuning_table(tuning)
+    return head + "\n".join(table) + "\n\n" + compared(setup, rows) + "\n" + tuning_table(setup, tuning)
 
 
 def compared(setup: Setup, rows: dict[str, list[list[Any]]]) -> str:
@@ -346,12 +334,9 @@ def ratio(theirs: list[tuple[float, float]], ours: list[tuple[float, float]], l0
 
 
 def interpolated(curve: list[tuple[float, float]], l0: float) -> float | None:
-    """The value at l0 on straight lines in log-log; None outside, but for 3 % at the ends."""
-    points = sorted(curve)
-    if not points[0][0] / 1.03 <= l0 <= points[-1][0] * 1.03:
-        return None
-    above = next((i for i, (x, _) in enumerate(points) if x >= l0), len(points) - 1)
-    return at_l0(points[max(0, above - 1):max(0, above - 1) + 2], l0)
+    """The value at l0; None where the curve does not reach, but for 3 % at the ends."""
+    least, most = (end(l0 for l0, _ in curve) for end in (min, max))
+    return at_l0(curve, l0) if least / 1.03 <= l0 <= most * 1.03 else None
 
 
 def mean(entries: list[Any], key: str) -> float:
@@ -359,13 +344,16 @@ def mean(entries: list[Any], key: str) -> float:
     return float(sum(e.scalars[key] for e in entries) / len(entries))
 
 
-def tuning_table(tuning: dict[str, Any]) -> str:
+def tuning_table(setup: Setup, tuning: dict[str, list[dict[float, float]]]) -> str:
     """What was tried, and taken."""
-    lines = ["## Tuning\n", "FVU at the middle L0; the least is taken.\n"]
-    for method, (_, _, tried) in tuning.items():
-        best = min(tried, key=lambda setting: tried[setting])
-        lines.append(f"- {method}: " + "; ".join(f"{'**' if s == best else ''}{s}: {fvu:.4f}{'**' if s == best else ''}"
-                                                 for s, fvu in tried.items()))
+    goals = setup.sweep["JumpReLU"]
+    lines = ["## Tuning\n", "FVU of the first seed's SAEs on activations not trained on; the least is taken.\n",
+             "| method | learning rate | " + " | ".join(f"L0 {l0:g}" for l0 in goals) + " |",
+             "|" + "---|" * (2 + len(goals))]
+    for method, tried in tuning.items():
+        for rate in setup.rates[method]:
+            cells = (f"**{t[rate]:.4f}**" if t[rate] == min(t.values()) else f"{t[rate]:.4f}" for t in tried)
+            lines.append(f"| {method} | {rate:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
