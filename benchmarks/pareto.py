@@ -58,7 +58,7 @@ class Setup:
     """One model's experiment: where, how large, how long.
 
     sweep: of each method, its sparsities: features a token, or coefficients that lead there, the sparsest first. rates:
-    the learning rates that are tried.
+    the learning rates that are tried. bandwidth: JumpReLU's.
     """
 
     site: str
