@@ -29,7 +29,7 @@ import torch
 
 from sae_hooks import SAE, attach_saes, export_features
 from sae_hooks.documents import Window
-from sae_hooks.extract import Extractor, Part, _batches
+from sae_hooks.extract import Extractor, Part, batches
 from sae_hooks.forward import DeepEnoughError
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def bare_pass(model: Any, site: str, part: Part, args: argparse.Namespace) -> Ca
 
         handle = module.register_forward_hook(stop)
         try:
-            for batch in _batches(part.windows, args.batch):
+            for batch in batches(part.windows, args.batch):
                 with suppress(DeepEnoughError):
                     model(input_ids=batch.ids.to(args.device), attention_mask=batch.mask.to(args.device),
                           use_cache=False)

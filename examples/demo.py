@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,18 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from scipy.sparse import csr_matrix, load_npz, save_npz
+from scipy.sparse import csr_matrix
 from smollm2 import load_smollm2
 from transformers.utils.logging import disable_progress_bar
 
-from sae_hooks import SparseFeatures, attach_saes
+from sae_hooks import FeatureStore, SparseFeatures, attach_saes, export_features
 
 HERE = Path(__file__).parent
 DOCUMENTS = HERE / "data" / "documents.jsonl"
 SENTENCE = "And the king said unto them: if the file is empty, return an error."
 PROMPT = "I went for a walk in the city and"
 TIMES_MAXIMUM = (0.5, 1.0, 1.5, 2.5)  # strengths of the sweep, in units of the feature's own strongest activation
-BATCH = 16
 CHECKED = 8  # documents
 TOKENS_PER_DOCUMENT = 40  # so that 288 of them take half a minute on two cores
 GEMMA = """\
@@ -65,12 +64,20 @@ def main() -> None:
     with step("What the reconstruction costs the model, on excerpts it was not trained on"):
         show_losses(model, tokenizer, documents)
 
-    with step(f"Features of {len(documents)} documents, captured, exported and read back"):
-        features = capture_documents(model, tokenizer, documents)
-        acts = export_and_read_back(features, args.out)
-        catalogue = Catalogue(features, acts, [d["domain"] for d in documents], tokenizer, labels)
-        show_specific(catalogue)
+    with tempfile.TemporaryDirectory() as temporary:
+        with step(f"Features of {len(documents)} documents, exported and read back"):
+            store = export(model, tokenizer, documents, args.out or Path(temporary))
+            catalogue = Catalogue(store, tokenizer, labels)
+            show_specific(catalogue)
+        show_features(args, model, tokenizer, catalogue)
 
+    model.saes.detach()
+    console.rule(f"done in {time.monotonic() - started:.0f} s; the same on Gemma 2 9B")
+    console.print(GEMMA, markup=False, soft_wrap=True)
+
+
+def show_features(args: argparse.Namespace, model: Any, tokenizer: Any, catalogue: Catalogue) -> None:
+    """Tokens, a sweep, an ablation, an edit as JSON."""
     with step(f"The strongest features of each token of {SENTENCE!r}"):
         show_tokens(model, tokenizer, catalogue)
 
@@ -86,10 +93,6 @@ def main() -> None:
 
     with step("An edit as JSON: saved, applied again, the same text"):
         share(model, tokenizer, args.prompt, feature, strongest)
-
-    model.saes.detach()
-    console.rule(f"done in {time.monotonic() - started:.0f} s; the same on Gemma 2 9B")
-    console.print(GEMMA, markup=False, soft_wrap=True)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -145,45 +148,43 @@ def show_losses(model: Any, tokenizer: Any, documents: Sequence[dict[str, str]])
     console.print(f"{row.tokens} tokens, {row.l0:.1f} features active on each, FVU {row.fvu:.3f}; {row.verdict}")
 
 
-# --- capture, export ------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------------------
 
 
-def capture_documents(model: Any, tokenizer: Any, documents: Sequence[dict[str, str]]) -> SparseFeatures:
-    """The features of every token of every document, in order; batches need no care."""
-    site = next(iter(model.saes))
-    with Progress(console=console, transient=True) as bar, torch.no_grad(), model.saes.capture() as captured:
-        for start in bar.track(range(0, len(documents), BATCH), description="forward passes"):
-            texts = [d["text"] for d in documents[start : start + BATCH]]
-            model.model(**tokenize(tokenizer, texts, TOKENS_PER_DOCUMENT))  # the language model's head is not needed
-    features: SparseFeatures = captured[site]
-    return features
-
-
-def export_and_read_back(features: SparseFeatures, folder: Path | None) -> csr_matrix:
-    """Write the features as a scipy CSR matrix, with the origin of each row beside it, and read the matrix back."""
-    with tempfile.TemporaryDirectory() as temporary:
-        out = folder or Path(temporary)
-        out.mkdir(parents=True, exist_ok=True)
-        save_npz(out / "features.npz", features.to_scipy())
-        np.savez(out / "rows.npz", doc_id=features.doc_id, position=features.position, token_id=features.token_id)
-        acts = load_npz(out / "features.npz")
-        size = (out / "features.npz").stat().st_size
-    assert (acts != features.to_scipy()).nnz == 0
-    dense = acts.shape[0] * acts.shape[1] * 4
-    console.print(f"{acts.shape[0]} tokens x {acts.shape[1]} features: {acts.nnz} numbers, {size / 1e6:.1f} MB as CSR "
-                  f"({dense / 1e6:.0f} MB dense)")
-    return acts
+def export(model: Any, tokenizer: Any, documents: Sequence[dict[str, str]], folder: Path) -> FeatureStore:
+    """The features of the first tokens of every document, with its domain, on disk; long texts need no care."""
+    ids = [tokenizer(d["text"])["input_ids"][:TOKENS_PER_DOCUMENT] for d in documents]
+    rows = [{"input_ids": row, "domain": d["domain"]} for row, d in zip(ids, documents, strict=True)]
+    with console.status("forward passes, as deep as the SAE's layer"):
+        store = export_features(model, rows, folder, tokenizer=tokenizer)
+    size = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    dense = len(store) * store.d_sae() * 4
+    console.print(store, f"{size / 1e6:.1f} MB ({dense / 1e6:.0f} MB dense)", markup=False, soft_wrap=True)
+    return store
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the captured documents tell about each feature. acts: CSR (tokens, d_sae); domains: one a document."""
+    """What the documents tell about each feature."""
 
-    features: SparseFeatures
-    acts: csr_matrix
-    domains: list[str]
+    store: FeatureStore
     tokenizer: Any
     labels: dict[int, str]
+
+    @cached_property
+    def domains(self) -> list[str]:
+        """One a document."""
+        return self.store.labels("domain")
+
+    @cached_property
+    def features(self) -> SparseFeatures:
+        """All rows in memory."""
+        return self.store.rows(slice(None))
+
+    @cached_property
+    def acts(self) -> csr_matrix:
+        """(tokens, d_sae)."""
+        return self.store.csr()
 
     @property
     def names(self) -> list[str]:
@@ -211,20 +212,20 @@ class Catalogue:
 
     def maximum(self, feature: int) -> float:
         """The strongest activation in these documents, in the site's own units."""
-        return float(self.acts[:, [feature]].max())
+        return float(self.store.column(feature)[1].max(initial=0.0))
 
     def describe(self, feature: int) -> str:
         """Its label, or else the tokens on which it fires most."""
         if feature in self.labels:
             return self.labels[feature]
-        column = self.acts[:, [feature]].toarray().ravel()
-        strongest = [row for row in column.argsort()[::-1][:40] if column[row] > 0]
+        rows, acts = self.store.column(feature)
+        strongest = rows[acts.argsort()[::-1][:40]]
         seen = Counter(readable(self.tokenizer.decode(int(self.features.token_id[row]))) for row in strongest)
         return "fires on " + "  ".join(token for token, _ in seen.most_common(4)) if seen else "fires on nothing here"
 
     def opening(self, feature: int, tokens: int = 24) -> str:
         """The first words of the document on which it fires most often."""
-        rows = self.features.doc_id[torch.from_numpy(self.acts[:, [feature]].nonzero()[0])]
+        rows = self.features.doc_id[self.store.column(feature)[0]]
         document = int(rows.bincount().argmax()) if len(rows) else 0
         ids = self.features.token_id[self.features.doc_id == document][:tokens]
         text: str = self.tokenizer.decode(ids)

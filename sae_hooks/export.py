@@ -21,12 +21,10 @@ from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts
 from .identity import differences, model_identity, sae_identity, tokenizer_identity
 from .processes import launched_share, wait_for_all
 from .store import FeatureStore, open_features
-from .store.format import EXPORT, digest, documents_bytes, file_digest, shard_name, token_checksum
+from .store.format import EXPORT, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
 from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
 
-TOKENIZER = "tokenizer"
-
-Text = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
+Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
 Entry = dict[str, Any]  # of a shard, in the manifest
 
 
@@ -84,28 +82,27 @@ def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool)
     """Make the folder this export's, or find that it is."""
     there = read_export(folder)
     if there is None:
-        foreign = [path.name for path in folder.iterdir()] if folder.exists() else []
-        if left := sorted(name for name in foreign if name != TOKENIZER and not name.startswith(".")):
-            raise DataError(f"{folder} is not empty ({', '.join(left[:5])}) and holds no export; give a new folder")
-        _save_tokenizer(folder, tokenizer)
+        present = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if foreign := sorted(name for name in present if not name.startswith(".")):
+            raise DataError(f"{folder} is not empty ({', '.join(foreign[:5])}) and holds no export; give a new folder")
         write_export(folder, asked)
     elif other := differences({k: v for k, v in there.items() if k != "format"}, asked):
         raise DataError(f"{folder} holds another export; give a new folder, or what made that one: {'; '.join(other)}")
     elif not resume:
         raise DataError(f"{folder} holds features already; say resume to go on there, or give a new folder")
+    if tokenizer is not None and not (folder / TOKENIZER).exists():
+        _save_tokenizer(folder, tokenizer)
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Beside the features, so that their tokens can be read without the model."""
-    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-    if tokenizer is not None:
-        scratch = folder / f".{TOKENIZER}.{os.getpid()}"
-        scratch.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(scratch)
-        os.replace(scratch, folder / TOKENIZER)
+    scratch = folder / f".{TOKENIZER}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed here
+    tokenizer.save_pretrained(scratch)
+    os.replace(scratch, folder / TOKENIZER)
 
 
-def _commit(folder: Path, export: str, texts: Sequence[Text], mine: Mapping[int, Entry]) -> None:
+def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[int, Entry]) -> None:
     """Write the manifest over all shards. Raises DataError where another process did not write one of its own."""
     if (folder / shard_name(len(texts))).exists():
         raise DataError(f"{folder} holds shards of a longer text ({shard_name(len(texts))}); give all of it, or a new "
@@ -122,11 +119,11 @@ def _lines(documents: Sequence[Document]) -> list[dict[str, Any]]:
     return [{"doc_id": d.number, "tokens": len(d.ids), "columns": dict(d.columns)} for d in documents]
 
 
-def _text(part: Part) -> Text:
-    return token_checksum(*part.origins()), digest(documents_bytes(_lines(part.documents)))
+def _text(part: Part) -> Digests:
+    return token_checksum(*part.origins()), document_digest(_lines(part.documents))
 
 
-def _present(folder: Path, number: int, export: str, text: Text) -> Entry | None:
+def _present(folder: Path, number: int, export: str, text: Digests) -> Entry | None:
     """The entry of a shard that is there. Raises DataError if it is of another text, SaeFormatError if it is broken."""
     entry = read_entry(folder, number, export)
     if entry is not None and (entry["tokens"], entry["documents_sha256"]) != text:

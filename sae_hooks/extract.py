@@ -127,15 +127,15 @@ class Extractor:
         origins = part.origins()
         collectors = {slot.name: _Collector(slot, self.activations) for slot in self.slots}
         with eval_mode(self.model), uncompiled(), self._open(list(collectors.values())) as batch_of:
-            for batch in _batches(part.windows, self.tokens):
+            for batch in batches(part.windows, self.tokens):
                 batch_of(batch)
                 self._forward(batch)
-                _check_met(batch, collectors)
+                _check_met(collectors)
         features = {name: c.features(*origins) for name, c in collectors.items()}
         return Extracted(features, {name: c.ordinary() for name, c in collectors.items()},
                          {name: c.activations() for name, c in collectors.items() if self.activations}, part.documents)
 
-    def _forward(self, batch: _Batch) -> None:
+    def _forward(self, batch: Batch) -> None:
         where = input_device(self.model, batch.ids.device)
         with suppress(DeepEnoughError):
             self.model(input_ids=batch.ids.to(where), attention_mask=batch.mask.to(where), use_cache=False)
@@ -154,7 +154,7 @@ class Extractor:
                     raise DeepEnoughError
             return WatchRequest(collector.slot, special_tokens=self.special_tokens, sink=take)
 
-        def next_batch(batch: _Batch) -> None:
+        def next_batch(batch: Batch) -> None:
             met.clear()
             for collector in collectors:
                 collector.batch = batch
@@ -186,7 +186,7 @@ def _slots(saes: Saes, sites: Sequence[str] | None) -> list[Slot]:
 # --- batches ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class Batch:
     """ids and mask (batch, length), padded on the right; rows (batch, length) bool: positions that get a row; places
     (rows of the batch): which row of the part each is."""
 
@@ -196,7 +196,7 @@ class _Batch:
     places: Tensor
 
 
-def _batches(all_windows: Sequence[Window], tokens: int) -> Iterator[_Batch]:
+def batches(all_windows: Sequence[Window], tokens: int) -> Iterator[Batch]:
     """Batches of at most `tokens` positions or one window, longest first; windows without a row are passed over."""
     starts = np.cumsum([0, *(_rows(w) for w in all_windows)])
     order = sorted((i for i, w in enumerate(all_windows) if _rows(w)), key=lambda i: (-len(all_windows[i].ids), i))
@@ -206,14 +206,14 @@ def _batches(all_windows: Sequence[Window], tokens: int) -> Iterator[_Batch]:
         yield _padded([all_windows[i] for i in mine], [int(starts[i]) for i in mine])
 
 
-def _padded(some: Sequence[Window], starts: Sequence[int]) -> _Batch:
+def _padded(some: Sequence[Window], starts: Sequence[int]) -> Batch:
     length = max(len(w.ids) for w in some)
     ids, mask, rows = torch.zeros(3, len(some), length, dtype=torch.int64)
     for i, w in enumerate(some):
         ids[i, :len(w.ids)], mask[i, :len(w.ids)] = torch.from_numpy(w.ids), 1
         rows[i, w.first:len(w.ids)] = 1 if w.wanted is None else torch.from_numpy(w.wanted).long()
     places = [torch.arange(_rows(w)) + start for w, start in zip(some, starts, strict=True)]
-    return _Batch(ids, mask, rows.bool(), torch.cat(places))
+    return Batch(ids, mask, rows.bool(), torch.cat(places))
 
 
 def _rows(window: Window) -> int:
@@ -224,7 +224,7 @@ def _all(wanted: np.ndarray[Any, Any] | None) -> Any:
     return slice(None) if wanted is None else wanted
 
 
-def _check_met(batch: _Batch, collectors: Mapping[str, _Collector]) -> None:
+def _check_met(collectors: Mapping[str, _Collector]) -> None:
     if missed := [name for name, c in collectors.items() if c.batch is not None]:
         raise SaeAttachError(f"a forward pass on text never reaches {', '.join(missed)}")
 
@@ -234,7 +234,7 @@ class _Collector:
 
     def __init__(self, slot: Slot, with_activations: bool) -> None:
         self.slot, self.with_activations = slot, with_activations
-        self.batch: _Batch | None = None
+        self.batch: Batch | None = None
         self._places: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._entries: list[tuple[Tensor, Tensor]] = []

@@ -16,7 +16,7 @@ from .cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width,
 from .errors import DataError
 from .export import export_features
 from .find import find_features
-from .records import records
+from .records import OPENERS, TEXT_FILES, records
 from .store import open_features
 from .terminal import busy, counting, print_table
 
@@ -130,7 +130,7 @@ def gathered(texts: Sequence[str]) -> list[Any]:
     """Texts, and the rows of those that are files. Raises DataError for what looks like a file that is not there."""
     found: list[Any] = []
     for text in texts:
-        if Path(text).suffix in (".jsonl", ".txt", ".md", ".xz", ".gz") and not Path(text).exists():
+        if Path(text).suffix in (*OPENERS, *TEXT_FILES) and not Path(text).exists():
             raise DataError(f"there is no file {text}")
         is_file = len(text) < 1024 and Path(text).exists()
         found.extend(row for _, row in records(text)) if is_file else found.append(text)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from sae_hooks import features_cli  # noqa: F401  (registers its commands)
 from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model
 from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
+from sae_hooks.features_cli import TEXTS, Split
 from sae_hooks.formats.selection import matches, placed, summary, wanted
 from sae_hooks.hub import SaeFile, find_saes, list_saes
 from sae_hooks.hub.sources import open_source
@@ -40,12 +40,10 @@ CONTEXT = 1024  # arXiv 2408.05147, 3.3
 PLANNED = ((1, 1), (8, 1), (8, 2), (8, 8))  # GPUs, and how many of them share the features
 
 Field = Annotated[str, typer.Option(help="Where the text stands in a line of JSON or a row of a data set.")]
-Split = Annotated[str, typer.Option(help="Of a data set.")]
 Context = Annotated[int | None, typer.Option(min=4, help="Tokens of a window; at most what the model takes.")]
 ModelName = Annotated[str | None, typer.Option(
     help="What to call the language model in files. Default: MODEL, or the last part of its path.")]
 NUMBERS = "NUMBER[,NUMBER ...]"
-TEXTS = "A .jsonl (.xz, .gz), .txt or .md file, a folder of the last two, or a data set: owner/name[:configuration]."
 
 
 Targets = Annotated[list[str] | None, typer.Option("--l0", metavar=NUMBERS, help=(

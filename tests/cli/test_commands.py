@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_hooks import load_sae
+from sae_hooks import FeatureStatistics, load_sae
 
 PROMPT = ("--prompt", "In the beginning God", "--max-new-tokens", 8)
 
@@ -274,6 +274,17 @@ def test_what_is_there_is_replaced_only_by_force(run, gemma_scope, one_sae):
     assert (one_sae / "cfg.json").read_bytes() == before
     assert run("convert", gemma_scope, one_sae, "--layer", 4, "--force").exit_code == 0
     assert same(load_sae(one_sae), load_sae(gemma_scope, layer=4))
+
+
+def test_statistics_are_converted_along_and_never_stay_beside_another_sae(run, gemma_scope, random_sae, tmp_path):
+    sae = random_sae(192, 16, "model.layers.2.output")
+    some = torch.ones(16)
+    sae.statistics = FeatureStatistics(9, some, some, some, torch.ones(3, 16))
+    source = sae.save_pretrained(tmp_path / "measured")
+    assert run("convert", source, tmp_path / "out").exit_code == 0
+    assert load_sae(tmp_path / "out").statistics.tokens == 9
+    assert run("convert", gemma_scope, tmp_path / "out", "--layer", 4, "--force").exit_code == 0
+    assert load_sae(tmp_path / "out").statistics is None
 
 
 def test_a_source_that_breaks_half_way_leaves_nothing_behind(run, gemma_scope, tmp_path):

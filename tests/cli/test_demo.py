@@ -51,9 +51,8 @@ def loaded(demo):
 def catalogue(demo, loaded, tmp_path_factory):
     """What a third of the documents tells about the features."""
     documents = DOCUMENTS[::3]
-    features = demo.capture_documents(*loaded, documents)
-    acts = demo.export_and_read_back(features, tmp_path_factory.mktemp("features"))
-    return demo.Catalogue(features, acts, [d["domain"] for d in documents], loaded[1], demo.read_labels(SAE))
+    store = demo.export(*loaded, documents, tmp_path_factory.mktemp("features"))
+    return demo.Catalogue(store, loaded[1], demo.read_labels(SAE))
 
 
 @pytest.mark.real

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sae_hooks import attach_saes, list_saes, load_sae
+from sae_hooks import FeatureStatistics, attach_saes, list_saes, load_sae
 from sae_hooks.cli import TEXT
 from sae_hooks.training.cli import app
 from sae_hooks.training.report import read_report
@@ -353,6 +353,15 @@ def test_push_makes_a_card_where_there_is_none_and_a_private_repository(one_sae,
     done("push", one_sae, "alice/hidden", "--private")
     assert hub.repo("alice/hidden").private
     assert "license: unknown" in (hub.repo("alice/hidden").dir / "README.md").read_text().replace('"', "")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_push_takes_the_statistics_along(random_sae, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    sae = random_sae(192, 16, SITE)
+    sae.statistics = FeatureStatistics(9, *[torch.ones(16)] * 3, torch.ones(3, 16))
+    done("push", sae.save_pretrained(tmp_path / "measured"), "alice/measured")
+    assert load_sae("alice/measured", cache_dir=tmp_path / "cache").statistics.tokens == 9
 
 
 def test_push_refuses_what_is_broken_foreign_or_not_allowed(one_sae, hub):

@@ -136,6 +136,20 @@ def test_a_folder_of_something_else_is_left_alone(export, tmp_path):
     refused(export, tmp_path, "is not empty")
 
 
+def test_a_folder_that_holds_only_a_tokenizer_of_the_users_is_left_alone(export, tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    refused(export, tmp_path, "is not empty")
+
+
+def test_a_kill_before_the_tokenizer_was_saved_is_mended(export, tmp_path):
+    export(tmp_path / "whole")
+    export(tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer").rename(tmp_path / "cut" / ".tokenizer")
+    (tmp_path / "cut" / ".tokenizer" / "tokenizer.json").unlink()
+    export(tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
 def test_a_broken_shard_stops_the_resume_and_says_what_to_do(export, tmp_path):
     export(tmp_path)
     shard = tmp_path / "shard-00001.safetensors"

@@ -116,7 +116,6 @@ def test_an_edit_reaches_the_sites_above_it_and_not_its_own(model, tiny_tokenize
 
 def test_the_model_is_as_it_was_between_parts_and_after_an_error(model, tiny_tokenizer):
     model.train()
-    ids = tiny_tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     parts = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, tokens_per_part=8)
     next(parts)
     assert not model.saes._runtime.requests()
@@ -127,7 +126,6 @@ def test_the_model_is_as_it_was_between_parts_and_after_an_error(model, tiny_tok
         next(parts)
     assert not model.saes._runtime.requests()
     assert hooks == {name: len(m._forward_hooks) for name, m in model.named_modules()}
-    assert ids.shape[1] > 3
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2", "GPTNeoX", "Gemma3"])

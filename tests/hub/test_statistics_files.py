@@ -79,6 +79,13 @@ def test_statistics_alone_are_no_sae(sae, tmp_path):
         list_saes(tmp_path)
 
 
+def test_an_sae_attached_in_another_dtype_keeps_them(tiny_gemma2, random_sae):
+    sae = random_sae(192, 16, SITE, norm=29)
+    sae.statistics = measured()
+    model = attach_saes(tiny_gemma2, sae, dtype=torch.bfloat16)
+    assert same(model.saes[SITE].statistics, sae.statistics)
+
+
 def test_an_attached_folder_gives_strengths_in_maxima(tiny_gemma2, random_sae, tmp_path):
     sae = random_sae(192, 16, SITE, norm=29)
     sae.statistics = measured()
