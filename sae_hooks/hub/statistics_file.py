@@ -49,7 +49,8 @@ def read_statistics(path: Path, d_sae: int) -> FeatureStatistics:
 
 def statistics_bytes(measured: FeatureStatistics) -> bytes:
     """The file of these statistics."""
-    arrays = {name: getattr(measured, name).clone() for name in ("frequency", "mean", "max", "quantiles")}
+    arrays = {name: getattr(measured, name).clone(memory_format=torch.contiguous_format)
+              for name in ("frequency", "mean", "max", "quantiles")}
     known = {"tokens": torch.tensor([measured.tokens]), "levels": torch.tensor(LEVELS, dtype=torch.float64)}
     return safetensors_bytes(arrays | known)
 
