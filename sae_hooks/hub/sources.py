@@ -32,7 +32,7 @@ class Source(Protocol):
         """Path -> bytes, nothing downloaded."""
 
     def has(self, path: str) -> bool:
-        """Whether `files` has it; asks nothing that was asked before."""
+        """Whether `files` has it."""
 
     def fetch(self, path: str) -> Path:
         """A local copy that may be read. Raises SaeNotFoundError, SaeDownloadError, UnsafeFileError."""
@@ -102,19 +102,16 @@ class HubSource:
                  cache_dir: str | Path | None) -> None:
         self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
         self.name = f"{repo_id}/{folder}" if folder else repo_id
-        self._files: dict[str, int] | None = None
         asked = f"{repo_id}@{revision}" if revision else repo_id
         with hub_errors(asked, repo_id):
             self.commit = self._resolve(revision)
 
     def files(self) -> Mapping[str, int]:
-        if self._files is None:
-            with hub_errors(f"{self.repo}@{self.commit}", self.repo):
-                listing = self._listing()
-            _refuse_hostile(listing, self.where())
-            inside = self.folder + "/" if self.folder else ""
-            self._files = {p.removeprefix(inside): size for p, size in listing.items() if p.startswith(inside)}
-        return self._files
+        with hub_errors(f"{self.repo}@{self.commit}", self.repo):
+            listing = self._listing()
+        _refuse_hostile(listing, self.where())
+        inside = self.folder + "/" if self.folder else ""
+        return {p.removeprefix(inside): size for p, size in listing.items() if p.startswith(inside)}
 
     def has(self, path: str) -> bool:
         return path in self.files()

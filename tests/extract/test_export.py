@@ -89,6 +89,16 @@ def test_an_export_that_failed_goes_on_and_ends_with_the_same_bytes(export, mode
     export(tmp_path / "cut")
 
 
+def test_a_model_that_was_found_under_another_name_goes_on_and_leaves_the_first_one(export, model, tmp_path):
+    export(tmp_path)
+    before = contents(tmp_path)
+    first = model.config._name_or_path
+    model.config._name_or_path = "elsewhere/tiny"
+    store = export(tmp_path)
+    assert contents(tmp_path) == before
+    assert store.export["model"]["name"] == first
+
+
 def refused(export, folder, message, **changes):
     before = contents(folder)
     with pytest.raises(DataError, match=message):
