@@ -260,7 +260,8 @@ def windows_of(path: Path, tokenizer: Any) -> list[Any]:
 
 def harvest(args: argparse.Namespace, setup: Setup, cache: Path, model: Any, tokenizer: Any) -> None:
     """Fill cache/acts with setup.tokens tokens, and those that tune."""
-    done = sum(map(len, Shards(cache / "acts" / setup.site).parts)) if (cache / "acts" / setup.site).exists() else 0
+    begun = any((cache / "acts" / setup.site).glob("shard-*.safetensors"))
+    done = sum(map(len, Shards(cache / "acts" / setup.site).parts)) if begun else 0
     wanted = setup.tokens + TUNING_TOKENS
     if done >= wanted:
         return
