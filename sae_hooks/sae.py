@@ -149,10 +149,12 @@ class SAE(nn.Module):
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
         self._check_width(acts, self.d_sae)
-        if self.W_dec.dtype in (torch.float32, torch.float64):
-            dtype = torch.promote_types(acts.dtype, self.W_dec.dtype)
-            return acts.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
-        x_hat = kernels.decode_sparse(*kernels.nonzero_csr(acts.reshape(-1, self.d_sae)), self.W_dec, self.b_dec)
+        flat = acts.reshape(-1, self.d_sae)
+        if torch.is_grad_enabled() and self._wants_grad(acts):
+            dtype = kernels.wide(acts, self.W_dec)
+            x_hat = flat.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
+        else:
+            x_hat = kernels.decode(flat, self.W_dec, self.b_dec)
         return x_hat.reshape(*acts.shape[:-1], self.d_out)
 
     def skip(self, x: Tensor) -> Tensor | float:
@@ -164,12 +166,16 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
+        self._check_width(x, self.d_in)
         if self.threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
             x_hat = self.decode(self.encode(x))
         else:
-            x_hat = kernels.decode_sparse(*self.encode_sparse(x), self.W_dec, self.b_dec)
+            flat = x.reshape(-1, self.d_in)
+            x_hat = kernels.reconstruct(flat, self.W_enc.T, self.b_enc, self.threshold, self.W_dec, self.b_dec)
             x_hat = x_hat.reshape(*x.shape[:-1], self.d_out)
-        return (x_hat + self.skip(x)).to(x.dtype)
+        if self.W_skip is not None:
+            x_hat = x_hat + self.skip(x)
+        return kernels.cast(x_hat, x.dtype)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.

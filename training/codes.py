@@ -11,7 +11,6 @@ as they are: a rounding error at the threshold would be an error of the threshol
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import GPU_TOKENS, find_above
+from sae_hooks.kernels import GPU_TOKENS, dots, find_above, starts_of, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -79,7 +78,7 @@ class Pairs:
         """(order, rows, starts): the order that sorts by feature, the tokens in it, where each feature starts. Sorted,
         each row of a weight's gradient is written once."""
         order = torch.sort(self.features, stable=True).indices
-        return order, self.rows[order], _starts(self.features, self.d_sae)
+        return order, self.rows[order], starts_of(self.features, self.d_sae)
 
 
 @dataclass(frozen=True)
@@ -171,30 +170,7 @@ def _sparse(x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Pairs) -> SparseCode:
 
 def _pairs(found: tuple[Tensor, Tensor, Tensor], batch: int, d_sae: int) -> Pairs:
     rows, features, pre = found
-    return Pairs(_starts(rows, batch), rows.int(), features.int(), pre, d_sae)
-
-
-def _starts(ids: Tensor, n: int) -> Tensor:
-    starts = torch.zeros(n + 1, dtype=torch.int32, device=ids.device)
-    starts[1:] = torch.bincount(ids, minlength=n).cumsum(0)
-    return starts
-
-
-def _weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Row i: sum of weights[j] * table[ids[j]] for j in starts[i]:starts[i + 1]."""
-    if len(ids) == 0:
-        return table.new_zeros(len(starts) - 1, table.shape[1])
-    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
-
-
-def _dots(pairs: Pairs, by_row: Tensor, by_feature: Tensor) -> Tensor:
-    """by_row[row] . by_feature[feature] for every pair."""
-    with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, once a process
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        pattern = torch.sparse_csr_tensor(pairs.rows_start, pairs.features, torch.zeros_like(pairs.pre),
-                                          size=(pairs.batch, pairs.d_sae), check_invariants=False)
-    out: Tensor = torch.sparse.sampled_addmm(pattern, by_row.contiguous(), by_feature.t(), beta=0.0).values()
-    return out
+    return Pairs(starts_of(rows, batch), rows.int(), features.int(), pre, d_sae)
 
 
 class _Pre(torch.autograd.Function):
@@ -211,7 +187,7 @@ class _Pre(torch.autograd.Function):
         (x,), pairs = ctx.saved_tensors, ctx.pairs
         order, rows, starts = pairs.by_feature
         to_bias = grad.new_zeros(pairs.d_sae).index_add_(0, pairs.features, grad)
-        return None, _weighted_sums(starts, rows, grad[order], x).t(), to_bias, None
+        return None, weighted_sums(starts, rows, grad[order], x).t(), to_bias, None
 
 
 class _Decode(torch.autograd.Function):
@@ -221,12 +197,12 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, acts: Tensor, W_dec: Tensor, pairs: Pairs) -> Tensor:
         ctx.save_for_backward(acts, W_dec)
         ctx.pairs = pairs
-        return _weighted_sums(pairs.rows_start, pairs.features, acts, W_dec)
+        return weighted_sums(pairs.rows_start, pairs.features, acts, W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (acts, W_dec), pairs = ctx.saved_tensors, ctx.pairs
         order, rows, starts = pairs.by_feature
-        to_acts = _dots(pairs, grad, W_dec) if ctx.needs_input_grad[0] else None
-        to_dec = _weighted_sums(starts, rows, acts[order], grad.contiguous()) if ctx.needs_input_grad[1] else None
+        to_acts = dots(pairs.rows_start, pairs.rows, pairs.features, grad, W_dec) if ctx.needs_input_grad[0] else None
+        to_dec = weighted_sums(starts, rows, acts[order], grad.contiguous()) if ctx.needs_input_grad[1] else None
         return to_acts, to_dec, None

@@ -3,16 +3,34 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .tiles import GPU_TOKENS, linear
-from .torch_ops import Csr, decode_sparse, encode_sparse, encode_topk, find_above, nonzero_csr
+from .segments import adam_rows, dots, starts_of, weighted_sums
+from .tiles import GPU_TOKENS, cast, linear, wide
+from .torch_ops import (
+    Csr,
+    decode,
+    decode_sparse,
+    encode_sparse,
+    encode_topk,
+    find_above,
+    nonzero_csr,
+    reconstruct,
+)
 
 __all__ = [
     "GPU_TOKENS",
     "Csr",
+    "adam_rows",
+    "cast",
+    "decode",
     "decode_sparse",
+    "dots",
     "encode_sparse",
     "encode_topk",
     "find_above",
     "linear",
     "nonzero_csr",
+    "reconstruct",
+    "starts_of",
+    "weighted_sums",
+    "wide",
 ]

@@ -14,15 +14,19 @@ from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
-FEW = 8  # tokens, up to which the BLAS is the faster one with sides swapped (2 to 4 times at 2 and 3 tokens) ...
+FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
 LARGE = 2**22  # ... where the rows are too many numbers for a core's cache
-SHORT = 1536  # d_in, up to which the product of one token is slower (1.1 to 1.8 times) than that of two, swapped
 
 
 def wide(x: Tensor, weights: Tensor) -> torch.dtype:
     """The dtype to compute in: float32, or float64 where both sides are."""
     both = x.dtype == weights.dtype == torch.float64
     return torch.float64 if both else torch.float32
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes several microseconds also where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def slices(length: int, most: int) -> Iterator[slice]:
@@ -41,6 +45,12 @@ def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
     return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
 
 
+def is_one_tile(x: Tensor, d_sae: int) -> bool:
+    """Whether all tokens of x (n, d_in) and all features are taken together."""
+    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.device.type == "cpu" else (GPU_TOKENS, GPU_SIZE)
+    return 0 < len(x) <= tokens and len(x) * d_sae <= size
+
+
 def affine(x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None) -> Tensor:
     """x @ rows.T + bias (n, features) in x's dtype, contiguous; multiplied in the dtype `multiply`, where one is given.
 
@@ -51,18 +61,9 @@ def affine(x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None =
             return affine(x, rows, bias, multiply)
     if multiply is not None:
         return F.linear(x.to(multiply), rows.to(multiply)).to(x.dtype) + bias
-    rows = rows.to(x.dtype)
-    if len(x) <= FEW and rows.numel() >= LARGE and x.device.type == "cpu":
-        return _swapped(x, rows, bias)
-    return F.linear(x, rows, bias)
-
-
-def _swapped(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """affine of a few tokens and many rows."""
-    if len(x) > 1:
+    rows = cast(rows, x.dtype)
+    if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.device.type == "cpu":
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
-    if x.shape[1] <= SHORT:
-        return torch.addmm(bias[:, None], rows, x.repeat(2, 1).T).T[:1].contiguous()
     return F.linear(x, rows, bias)
 
 
@@ -72,11 +73,11 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     Made of the very products that encode_sparse compares, so that both find the same features.
     """
     dtype = wide(x, W_rows)
-    x, bias = x.to(dtype), bias.to(dtype)
-    tiles = [(t, f) for t in token_tiles(x) for f in feature_tiles(x[t], len(W_rows))]
-    if len(tiles) == 1:
+    x, bias = cast(x, dtype), cast(bias, dtype)
+    if is_one_tile(x, len(W_rows)):
         return affine(x, W_rows, bias)
     pre = x.new_empty(len(x), len(W_rows))
-    for t, f in tiles:
-        pre[t, f] = affine(x[t], W_rows[f], bias[f])
+    for t in token_tiles(x):
+        for f in feature_tiles(x[t], len(W_rows)):
+            pre[t, f] = affine(x[t], W_rows[f], bias[f])
     return pre

@@ -3,15 +3,20 @@
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .tiles import affine, feature_tiles, linear, slices, token_tiles, wide
+from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
+from .segments import triton_for, weighted_sums
+from .tiles import affine, cast, feature_tiles, is_one_tile, linear, slices, token_tiles, wide
 
 Csr = tuple[Tensor, Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
+FEW_MARKS = 2**14
+CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
+SMALL, GPU_SMALL = 2**22, 2**27  # products of one decoding up to which the dense one is, whatever is active
 
 
+@traceable("(Tensor x, Tensor W_rows, Tensor bias, Tensor threshold) -> (Tensor, Tensor, Tensor)", fake_csr)
 def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Csr:
     """CSR of the features with pre > threshold, indices ascending in each row; never holds (n, d_sae).
 
@@ -33,71 +38,155 @@ def find_above(
 ) -> Triplets | None:
     """(rows, columns, values) of the features with pre > threshold (d_sae), by row, then by column.
 
-    None as soon as a tile of tokens has more than the share `most` of its features above. Products are made in the
-    dtype `multiply`, where one is given, but added to and compared in float32 or wider.
+    None as soon as a tile has more than the share `most` of its pairs above. Products are made in the dtype `multiply`,
+    where one is given, but added to and compared in float32 or wider.
     """
     dtype = wide(x, W_rows)
-    x, bias = x.to(dtype), bias.to(dtype)
+    x, bias = cast(x, dtype), cast(bias, dtype)
+    if is_one_tile(x, len(W_rows)):
+        return _above(affine(x, W_rows, bias, multiply), threshold, most)
     found = []
     for t in token_tiles(x):
-        rows, columns, values = _above(x[t], W_rows, bias, threshold, multiply)
-        if len(rows) > most * (t.stop - t.start) * len(W_rows):
-            return None
-        found.append((rows + t.start if t.start else rows, columns, values))
+        parts = []
+        for f in feature_tiles(x[t], len(W_rows)):
+            part = _above(affine(x[t], W_rows[f], bias[f], multiply), threshold[f], most)
+            if part is None:
+                return None
+            parts.append(_moved(part, 0, f.start))
+        found.append(_moved(_by_row(parts, x), t.start, 0))
     return _joined(found, x)
 
 
+@traceable("(Tensor x, Tensor W_rows, Tensor bias, int k) -> (Tensor, Tensor, Tensor)", fake_csr)
 def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     """CSR of the k largest positive pre-activations of each row, indices ascending; holds TOPK_SIZE pre-activations, or
     those of one token."""
     found = []
     for t in slices(len(x), max(TOPK_SIZE // len(W_rows), 1)):
-        rows, columns, values = _largest(x[t], W_rows, bias, k)
-        found.append((rows + t.start, columns, values))
+        found.append(_moved(_largest(x[t], W_rows, bias, k), t.start, 0))
     return _compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
+
+
+@traceable(
+    "(Tensor x, Tensor W_rows, Tensor bias, Tensor threshold, Tensor W_dec, Tensor b_dec) -> Tensor",
+    fake_reconstruction,
+)
+def reconstruct(
+    x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    """x_hat (n, d_out), float32 or wider, of x (n, d_in): encoded and decoded, never holding (n, d_sae).
+
+    Each tile of pre-activations is decoded by the rows of its active features, or by a dense product where so many are
+    active, or so little is to be done, that this is the quicker way.
+    """
+    dtype = wide(x, W_rows)
+    x, bias, b_dec = cast(x, dtype), cast(bias, dtype), cast(b_dec, dtype)
+    if len(x) * W_dec.numel() < _small(x):
+        pre = linear(x, W_rows, bias)
+        return _dense(b_dec, pre * (pre > threshold), W_dec)
+    out = b_dec.repeat(len(x), 1)
+    for t in token_tiles(x):
+        sparse = []
+        for f in feature_tiles(x[t], len(W_rows)):
+            pre = affine(x[t], W_rows[f], bias[f])
+            part = _above(pre, threshold[f], _crowded(x))
+            if part is None:
+                out[t] = _dense(out[t], pre.mul_(pre > threshold[f]), W_dec[f])
+            else:
+                sparse.append(_moved(part, 0, f.start))
+        if sparse:
+            out[t] += weighted_sums(*_compressed(_by_row(sparse, x), len(out[t])), W_dec)
+    return out
+
+
+@traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)
+def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """x_hat (n, d_out), float32 or wider, of acts (n, d_sae): by the rows of the active features, or by a dense product
+    where that is the quicker way. No gradients."""
+    dtype = wide(acts, W_dec)
+    if len(acts) * W_dec.numel() < _small(acts):
+        return _dense(cast(b_dec, dtype), cast(acts, dtype), W_dec)
+    out = cast(b_dec, dtype).repeat(len(acts), 1)
+    for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
+        part = cast(acts[t], dtype)
+        active = part != 0
+        if _count(active) > _crowded(acts) * part.numel():
+            out[t] = _dense(out[t], part, W_dec)
+        else:
+            out[t] += weighted_sums(*_compressed(_marked(part, active), len(part)), W_dec)
+    return out
 
 
 def nonzero_csr(acts: Tensor) -> Csr:
     """CSR of the non-zero entries of acts (n, d_sae)."""
-    rows, columns = acts.nonzero(as_tuple=True)
-    return _compressed((rows, columns, acts[rows, columns]), len(acts))
+    return _compressed(_marked(acts, acts != 0), len(acts))
 
 
+@traceable(
+    "(Tensor indptr, Tensor indices, Tensor values, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded_csr
+)
 def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """Reconstruction (n, d_out) from CSR features: sum of value times decoder row, plus b_dec; float32 or wider."""
-    dtype = wide(values, W_dec)
-    if indices.numel() == 0:
-        return b_dec.to(dtype).expand(len(indptr) - 1, -1).clone()
-    if W_dec.dtype != dtype:  # widen only the rows that fire
-        used, indices = torch.unique(indices, return_inverse=True)
-        W_dec = W_dec[used].to(dtype)
-    x_hat = F.embedding_bag(
-        indices, W_dec, indptr, mode="sum", per_sample_weights=values.to(dtype), include_last_offset=True
-    )
-    return x_hat + b_dec.to(dtype)
+    return weighted_sums(indptr, indices, values, W_dec) + cast(b_dec, wide(values, W_dec))
 
 
-def _above(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, multiply: torch.dtype | None) -> Triplets:
-    """find_above for one tile of tokens."""
-    found = [
-        _in_tile(affine(x, W_rows[f], bias[f], multiply), threshold[f], f.start) for f in feature_tiles(x, len(W_rows))
-    ]
-    rows, columns, values = _joined(found, x)
-    if len(found) > 1:
+def _above(pre: Tensor, threshold: Tensor, most: float) -> Triplets | None:
+    """(rows, columns, values) of what is above in pre (tokens, features); None if it is more than the share `most`."""
+    above = pre > threshold
+    if most < 1.0 and _count(above) > most * above.numel():
+        return None
+    if (triton := triton_for(pre)) is not None:
+        found: Triplets = triton.above(pre, threshold)
+        return found
+    return _marked(pre, above)
+
+
+def _on_cpu(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
+def _small(t: Tensor) -> int:
+    return SMALL if _on_cpu(t) else GPU_SMALL
+
+
+def _crowded(t: Tensor) -> float:
+    return CROWDED if _on_cpu(t) else GPU_CROWDED
+
+
+def _count(marks: Tensor) -> int:
+    return int(np.count_nonzero(marks.numpy()) if _on_cpu(marks) else marks.count_nonzero())
+
+
+def _marked(pre: Tensor, marks: Tensor) -> Triplets:
+    """(rows, columns, values) of the marked entries of a matrix."""
+    if pre.numel() <= FEW_MARKS or not _on_cpu(pre):
+        rows, columns = marks.nonzero(as_tuple=True)
+        return rows, columns, pre[rows, columns]
+    at = np.flatnonzero(marks.numpy())  # torch's nonzero takes several times longer, of many
+    rows, columns = (torch.from_numpy(part) for part in np.divmod(at, pre.shape[1]))
+    return rows, columns, pre.reshape(-1).take(torch.from_numpy(at))
+
+
+def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
+    """out + acts @ W_dec, whatever torch.autocast says."""
+    if torch.is_autocast_enabled(acts.device.type):
+        with torch.autocast(acts.device.type, enabled=False):
+            return _dense(out, acts, W_dec)
+    return torch.addmm(out, acts, cast(W_dec, acts.dtype))
+
+
+def _moved(found: Triplets, rows: int, columns: int) -> Triplets:
+    """The entries of a tile whose first row and first column are these."""
+    return (found[0] + rows if rows else found[0]), (found[1] + columns if columns else found[1]), found[2]
+
+
+def _by_row(parts: list[Triplets], like: Tensor) -> Triplets:
+    """The entries of tiles of the same tokens, by row, then by column."""
+    rows, columns, values = _joined(parts, like)
+    if len(parts) > 1:
         rows, order = torch.sort(rows, stable=True)  # half a percent of the products' time
         columns, values = columns[order], values[order]
     return rows, columns, values
-
-
-def _in_tile(pre: Tensor, threshold: Tensor, first: int) -> Triplets:
-    """find_above in pre-activations whose first feature is `first`."""
-    if pre.device.type != "cpu":
-        rows, columns = (pre > threshold).nonzero(as_tuple=True)
-        return rows, columns + first, pre[rows, columns]
-    at = np.flatnonzero(pre.detach().numpy() > threshold.detach().numpy())  # torch's nonzero takes several times longer
-    places = [torch.from_numpy(part) for part in np.divmod(at, pre.shape[1])]
-    values = pre.view(-1).take(torch.from_numpy(at))
-    return places[0], places[1] + first if first else places[1], values
 
 
 def _largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:

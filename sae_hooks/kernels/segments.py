@@ -1,0 +1,120 @@
+"""Sums and products over segments: what an SAE does with the few pairs (row, id) that matter.
+
+A segment is what belongs to one row: segment i holds the entries starts[i]:starts[i + 1], starts (n + 1) ascending from
+0 to the number of entries. With ids of features, rows are tokens (CSR); with ids of tokens, rows are features. starts
+and ids are of one integer type. On CUDA devices that have Triton its kernels do it, else PyTorch's operations; both
+sum in float32, or in float64 where all are, in the same order every time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tiles import cast, wide
+
+TRITON_ON = ("cuda",)  # kinds of device
+
+
+def triton_for(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, of the functions' names below, and `above`: where they run on the tensors' device, and no
+    gradient is asked for, which they don't give."""
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _triton() if tensors[0].device.type in TRITON_ON and not asked else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import triton_ops  # Triton takes a third of a second to import
+
+    return triton_ops
+
+
+def starts_of(ids: Tensor, n: int) -> Tensor:
+    """Where the segments of n rows start, given the ascending rows `ids` of all entries, or, in any order, what will be
+    rows once they are sorted."""
+    starts = torch.zeros(n + 1, dtype=torch.int32, device=ids.device)
+    starts[1:] = torch.bincount(ids, minlength=n).cumsum(0)
+    return starts
+
+
+def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Row i (n, d): the sum of weights[j] * table[ids[j]] over segment i. weights (entries), table (m, d) of any dtype;
+    the result is float32 or float64, as `wide` has it."""
+    if (triton := triton_for(table, weights)) is not None:
+        summed: Tensor = triton.weighted_sums(starts, ids, weights, table)
+        return summed
+    dtype = wide(weights, table)
+    if len(ids) == 0:
+        return torch.zeros(len(starts) - 1, table.shape[1], dtype=dtype, device=table.device)
+    if table.dtype != dtype:  # widen only the rows that are taken
+        used, ids = torch.unique(ids, return_inverse=True)
+        table, ids = table[used].to(dtype), ids.to(starts.dtype)
+    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=cast(weights, dtype),
+                           include_last_offset=True)
+
+
+def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tensor) -> Tensor:
+    """by_row[rows[j]] . by_id[ids[j]] of every entry j, whose rows ascend and are those of `starts`. by_row (n, d) and
+    by_id (m, d) are of any dtype; the result is float32 or float64, as `wide` has it."""
+    if (triton := triton_for(by_id, by_row)) is not None:
+        products: Tensor = triton.dots(starts, rows, ids, by_row, by_id)
+        return products
+    dtype = wide(by_row, by_id)
+    if by_id.dtype != dtype:
+        used, ids = torch.unique(ids, return_inverse=True)
+        by_id, ids = by_id[used], ids.to(starts.dtype)
+    with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, once a process
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        zeros = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+        pattern = torch.sparse_csr_tensor(starts, ids, zeros, size=(len(by_row), len(by_id)), check_invariants=False)
+    left, right = cast(by_row, dtype).contiguous(), cast(by_id, dtype)
+    sampled: Tensor = torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
+    return sampled
+
+
+def adam_rows(
+    weight: Tensor,
+    square: Tensor,
+    last: Tensor,
+    features: Tensor,
+    starts: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    *,
+    step: int,
+    rate: float,
+    beta2: float,
+    eps: float,
+    unit: bool,
+) -> None:
+    """A step of Adam without momentum (beta1 = 0), in place, for the rows that have a gradient: the exact one, since a
+    row without leaves no trace but the decay of its second moment, which is made up for when it next has one.
+
+    weight, square (m, d): the weights and the second moment of each as it was at step last[row] (m, int32, 0 at first).
+    features: those of the m rows, in any order, each once, that are to move; the gradient of row i is the weighted sum
+    over segment i of (starts (m + 1), ids, weights, table). step: this one's number, from 1. rate, beta2, eps: Adam's.
+    unit: rows are of norm 1; the gradient's part along the row is taken off, and the row brought back to norm 1.
+    """
+    if (triton := triton_for(weight)) is not None:
+        triton.adam_rows(weight, square, last, features, starts, ids, weights, table, step=step, rate=rate, beta2=beta2,
+                         eps=eps, unit=unit)
+        return
+    grad, w = weighted_sums(starts, ids, weights, table)[features], weight[features]
+    if unit:
+        grad = grad - (grad * w).sum(1, keepdim=True) * w
+    decay = torch.pow(torch.tensor(beta2, dtype=w.dtype, device=w.device), step - last[features])[:, None]
+    v = square[features] * decay + (1 - beta2) * grad.square()
+    w = w - rate * grad / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+    weight[features] = w / w.norm(dim=1, keepdim=True) if unit else w
+    square[features] = v
+    last[features] = step

@@ -1,0 +1,123 @@
+"""Reconstructing and decoding are one equation, whichever way each tile takes: sparse, dense, or small."""
+
+import numpy as np
+import pytest
+import torch
+from core import reference
+
+from sae_hooks import kernels
+from sae_hooks.kernels import tiles, torch_ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WAYS = {"sparse": (0, 1.0), "dense": (0, -1.0), "each tile its own": (0, 0.3), "small": (2**62, 0.3)}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Let all tiles be decoded in a way: (size of what counts as small, share from which dense products are taken)."""
+    small, crowded = WAYS[request.param]
+    for name, value in (("SMALL", small), ("CROWDED", crowded), ("GPU_SMALL", small), ("GPU_CROWDED", crowded)):
+        monkeypatch.setattr(torch_ops, name, value)
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["small tiles", "one tile"])
+def tiled(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
+        monkeypatch.setattr(tiles, "CPU_SIZE", 24)
+        monkeypatch.setattr(torch_ops, "TOPK_SIZE", 150)
+
+
+def parts_of(dtype, n=11, d_out=19):
+    """x, W_rows, bias, threshold, W_dec, b_dec; the first features are rarely active, the last often."""
+    random = torch.Generator().manual_seed(0)
+    x, W_rows, bias, W_dec, b_dec = (torch.randn(shape, generator=random)
+                                     for shape in ((n, 16), (37, 16), (37,), (37, d_out), (d_out,)))
+    threshold = torch.linspace(12, -3, 37)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return x.to(exact), W_rows.to(dtype), bias.to(exact), threshold.to(exact), W_dec.to(dtype), b_dec.to(exact)
+
+
+def written_out(x, W_rows, bias, threshold, W_dec, b_dec):
+    """(acts, x_hat) in float64."""
+    pre = reference.array(x) @ reference.array(W_rows).T + reference.array(bias)
+    acts = pre * (pre > reference.array(threshold))
+    return acts, acts @ reference.array(W_dec) + reference.array(b_dec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_reconstruction_is_the_equation(way, tiled, dtype, on_cpu, monkeypatch):
+    parts = parts_of(dtype)
+    if not on_cpu:
+        monkeypatch.setattr(torch_ops, "_on_cpu", lambda t: False)
+    acts, wanted = written_out(*parts)
+    shares = [(part != 0).mean() for part in np.array_split(acts, 5, axis=1)]
+    assert min(shares) < 0.1
+    assert max(shares) > 0.5, "no mixture of tiles"
+    got = kernels.reconstruct(*parts)
+    exact = dtype == torch.float64
+    assert got.dtype == (torch.float64 if exact else torch.float32)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-12 if exact else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_is_the_equation(way, tiled, dtype):
+    parts = parts_of(dtype)
+    acts, wanted = written_out(*parts)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    got = kernels.decode(torch.tensor(acts).to(exact), parts[4], parts[5])
+    assert got.dtype == exact
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-12 if exact == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_token_and_one(way, tiled, n):
+    parts = parts_of(torch.float32, n=n)
+    acts, wanted = written_out(*parts)
+    np.testing.assert_allclose(kernels.reconstruct(*parts).numpy(), wanted, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(kernels.decode(torch.tensor(acts).float(), *parts[4:]).numpy(), wanted, atol=2e-5)
+
+
+def test_where_nothing_is_active_b_dec_is_left(way, tiled):
+    x, W_rows, bias, threshold, W_dec, b_dec = parts_of(torch.float32)
+    assert torch.equal(kernels.reconstruct(x, W_rows, bias, threshold + 1e6, W_dec, b_dec), b_dec.repeat(11, 1))
+    assert torch.equal(kernels.decode(torch.zeros(11, 37), W_dec, b_dec), b_dec.repeat(11, 1))
+
+
+def test_a_value_at_the_threshold_is_not_active(way, tiled):
+    parts = [*parts_of(torch.float32)]
+    parts[3] = kernels.linear(*parts[:3]).amax(0)
+    assert torch.equal(kernels.reconstruct(*parts), parts[5].repeat(11, 1))
+
+
+def test_it_neither_changes_nor_aliases_what_it_is_given(way, tiled):
+    parts = parts_of(torch.float32)
+    before = [t.clone() for t in parts]
+    kernels.reconstruct(*parts).fill_(7.0)
+    acts = torch.ones(11, 37)
+    kernels.decode(acts, *parts[4:]).fill_(7.0)
+    assert torch.equal(acts, torch.ones(11, 37))
+    assert all(torch.equal(a, b) for a, b in zip(parts, before, strict=True))
+
+
+def test_autocast_changes_nothing(way, tiled):
+    parts = parts_of(torch.float32)
+    acts = torch.tensor(written_out(*parts)[0]).float()
+    plain = kernels.reconstruct(*parts), kernels.decode(acts, *parts[4:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.reconstruct(*parts), plain[0])
+        assert torch.equal(kernels.decode(acts, *parts[4:]), plain[1])
+
+
+def test_only_crowded_tiles_are_decoded_by_a_dense_product(monkeypatch):
+    parts, products = parts_of(torch.float32), []
+    monkeypatch.setattr(torch_ops, "SMALL", 0)
+    monkeypatch.setattr(torch_ops, "CROWDED", 0.3)
+    monkeypatch.setattr(tiles, "CPU_SIZE", 110)  # ten features
+    plain = torch_ops._dense
+    monkeypatch.setattr(torch_ops, "_dense", lambda out, acts, rows: (products.append(acts), plain(out, acts, rows))[1])
+    kernels.reconstruct(*parts)
+    assert 0 < len(products) < 4
+    assert all((acts != 0).double().mean() > 0.3 for acts in products)
