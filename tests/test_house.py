@@ -50,6 +50,7 @@ FLOORS = {
     "training/ste.py": 13,
     "training/schedules.py": 13,
     "training/codes.py": 13,
+    "training/row_adam.py": 14,
     "training/text.py": 13,
     "training/harvest.py": 14,
     "training/checkpoint.py": 14,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from sae_hooks.kernels import GPU_TOKENS, dots, find_above, starts_of, weighted_
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
+PROBE = 16  # tokens that tell which form is the quicker one
 DENSE_FROM = 0.12  # share of pairs from which the dense form is the quicker one, on CPUs
 
 Form = Literal["auto", "dense", "sparse"]
@@ -57,16 +58,29 @@ class DenseCode:
         return (torch.arange(self.pre.shape[-1], device=self.pre.device) < n).to(self.pre.dtype).expand_as(self.pre)
 
 
+class Factor(NamedTuple):
+    """A gradient (d_sae, d) as what `kernels.weighted_sums` makes it of."""
+
+    starts: Tensor
+    ids: Tensor
+    weights: Tensor
+    table: Tensor
+
+
+Factors = dict[str, list[Factor]]
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Some (token, feature) pairs of a batch, by token; rows_start (batch + 1) delimits the tokens. pre (n): detached
-    pre-activations."""
+    pre-activations. factors: Encoder's."""
 
     rows_start: Tensor
     rows: Tensor
     features: Tensor
     pre: Tensor
     d_sae: int
+    factors: Factors | None
 
     @property
     def batch(self) -> int:
@@ -113,29 +127,62 @@ class SparseCode:
 Code = DenseCode | SparseCode
 
 
-def encode(x: Tensor, W_enc: Tensor, bias: Tensor, floor: Tensor, form: Form = "auto") -> Code:
+@dataclass(frozen=True)
+class Encoder:
+    """pre = (x - centre) @ W_enc + b_enc: W_enc (d_in, d_sae), b_enc (d_sae), centre (d_in) or None. factors: where the
+    gradients of W_enc and, of the code that comes out, of W_dec go in the sparse form, in place of the tensors' own."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    centre: Tensor | None = None
+    factors: Factors | None = None
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_enc.shape[1]
+
+    def bias(self) -> Tensor:
+        """The bias for x itself."""
+        if self.centre is None:
+            return self.b_enc
+        with torch.autocast(self.b_enc.device.type, enabled=False):
+            return self.b_enc - self.centre @ self.W_enc
+
+
+def encode(x: Tensor, encoder: Encoder, floor: Tensor, form: Form = "auto") -> Code:
     """The features of x (batch, d_in) whose pre-activation exceeds floor (d_sae), or all of them (DenseCode).
 
     "auto" takes the dense form where more than DENSE_FROM of the pairs would be held.
     """
-    if form != "dense":
-        most = DENSE_FROM if form == "auto" else 1.0
-        with torch.no_grad():
-            found = find_above(x, W_enc.t(), bias, floor, most=most, multiply=_multiplied_in(x))
-        if found is not None:
-            return _sparse(x, W_enc, bias, _pairs(found, len(x), W_enc.shape[1]))
-    return DenseCode(_product(x, W_enc, bias))
+    if form == "sparse" or (form == "auto" and _is_sparse(x, encoder, floor)):
+        return _sparse(x, encoder, _pairs(_found(x, encoder, floor), len(x), encoder.d_sae, encoder.factors))
+    return DenseCode(_product(x, encoder.W_enc, encoder.bias()))
 
 
-def encode_chosen(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Select, *, whole: bool = False) -> SparseCode:
+def encode_chosen(x: Tensor, encoder: Encoder, choose: Select, *, whole: bool = False) -> SparseCode:
     """The features of x (batch, d_in) that choose(pre (tokens, d_sae)) names by flat ascending indices, some tokens at
     a time, or the whole batch at once."""
-    return _sparse(x, W_enc, bias, _chosen(x, W_enc, bias, choose, len(x) if whole else CHUNK))
+    return _sparse(x, encoder, _chosen(x, encoder, choose, len(x) if whole else CHUNK))
+
+
+def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
+    """Whether few pairs are held, as some of the tokens, from all over the batch, tell: a search in vain costs as much
+    as half of a dense step."""
+    some = x[::max(len(x) // PROBE, 1)]
+    return len(_found(some, encoder, floor)[0]) <= DENSE_FROM * len(some) * encoder.d_sae
 
 
 @torch.no_grad()
-def _chosen(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Select, chunk: int) -> Pairs:
-    d_sae = W_enc.shape[1]
+def _found(x: Tensor, encoder: Encoder, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = find_above(x, encoder.W_enc.t(), encoder.bias(), floor, multiply=_multiplied_in(x))
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Pairs:
+    d_sae, W_enc, bias = encoder.d_sae, encoder.W_enc, encoder.bias()
     found = []
     for start, part in _chunks(x, chunk):
         pre = _product(part, W_enc, bias)
@@ -143,7 +190,7 @@ def _chosen(x: Tensor, W_enc: Tensor, bias: Tensor, choose: Select, chunk: int) 
         rows = torch.div(at, d_sae, rounding_mode="floor")
         found.append((rows + start, at - rows * d_sae, pre.view(-1).take(at)))
     rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _pairs((rows, features, values), len(x), d_sae)
+    return _pairs((rows, features, values), len(x), d_sae, encoder.factors)
 
 
 def _multiplied_in(x: Tensor) -> torch.dtype | None:
@@ -164,30 +211,32 @@ def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     return ((start, x[start:start + size]) for start in range(0, len(x), size))
 
 
-def _sparse(x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Pairs) -> SparseCode:
-    return SparseCode(_Pre.apply(x, W_enc, bias, pairs), pairs)  # type: ignore[no-untyped-call]
+def _sparse(x: Tensor, encoder: Encoder, pairs: Pairs) -> SparseCode:
+    pre = _Pre.apply(x, encoder.W_enc, encoder.b_enc, encoder.centre, pairs)  # type: ignore[no-untyped-call]
+    return SparseCode(pre, pairs)
 
 
-def _pairs(found: tuple[Tensor, Tensor, Tensor], batch: int, d_sae: int) -> Pairs:
+def _pairs(found: tuple[Tensor, Tensor, Tensor], batch: int, d_sae: int, factors: Factors | None) -> Pairs:
     rows, features, pre = found
-    return Pairs(starts_of(rows, batch), rows.int(), features.int(), pre, d_sae)
+    return Pairs(starts_of(rows, batch), rows.int(), features.int(), pre, d_sae, factors)
 
 
 class _Pre(torch.autograd.Function):
-    """pairs.pre as a function of W_enc and bias."""
+    """pairs.pre as a function of W_enc, b_enc and the centre."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, centre: Tensor | None, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(x, W_enc, centre)
         ctx.pairs = pairs
         return pairs.pre.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        (x,), pairs = ctx.saved_tensors, ctx.pairs
-        order, rows, starts = pairs.by_feature
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor, Tensor | None, None]:
+        (x, W_enc, centre), pairs = ctx.saved_tensors, ctx.pairs
         to_bias = grad.new_zeros(pairs.d_sae).index_add_(0, pairs.features, grad)
-        return None, weighted_sums(starts, rows, grad[order], x).t(), to_bias, None
+        to_centre = None if centre is None else -(W_enc @ to_bias)
+        to_enc = _to_rows("W_enc", pairs, grad, x if centre is None else x - centre)
+        return None, None if to_enc is None else to_enc.t(), to_bias, to_centre, None
 
 
 class _Decode(torch.autograd.Function):
@@ -202,7 +251,16 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (acts, W_dec), pairs = ctx.saved_tensors, ctx.pairs
-        order, rows, starts = pairs.by_feature
         to_acts = dots(pairs.rows_start, pairs.rows, pairs.features, grad, W_dec) if ctx.needs_input_grad[0] else None
-        to_dec = weighted_sums(starts, rows, acts[order], grad.contiguous()) if ctx.needs_input_grad[1] else None
-        return to_acts, to_dec, None
+        return to_acts, _to_rows("W_dec", pairs, acts, grad) if ctx.needs_input_grad[1] else None, None
+
+
+def _to_rows(name: str, pairs: Pairs, weights: Tensor, table: Tensor) -> Tensor | None:
+    """The gradient (d_sae, d) whose row i is the sum of the weight times the token's row of table (batch, d) over the
+    pairs of feature i; None, and its factors where they go, if somebody wants those."""
+    order, rows, starts = pairs.by_feature
+    factor = Factor(starts, rows, weights[order], table.contiguous())
+    if pairs.factors is None:
+        return weighted_sums(*factor)
+    pairs.factors.setdefault(name, []).append(factor)
+    return None

@@ -5,7 +5,7 @@ Input has mean squared norm 1; what comes out works on raw activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import like
 from .parallel import ALONE, REPLICATED, USUAL, Parallel
+from .row_adam import ROWS_ON, RowAdam
 
+BLOCK = 2**17  # numbers of a matrix that a CPU's cache holds from one pass to the next
 REMEMBER = 0.99  # of the gradients' usual length, a step
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
 
@@ -108,8 +110,10 @@ class Learner:
         self.idle = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.trained = self._trained()
         self.usual = torch.zeros(len(self._leaves()), dtype=torch.float64, device=device)  # lengths of the gradients
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=trainee.learning_rate, betas=trainee.betas,
-                                          eps=trainee.adam_eps, fused=True)
+        self.rows = self._row_adam()
+        self.optimizer = torch.optim.Adam([leaf for name, leaf in self.trained.items() if name not in self._by_rows],
+                                          lr=trainee.learning_rate, betas=trainee.betas, eps=trainee.adam_eps,
+                                          fused=True)
 
     def _trained(self) -> dict[str, Tensor]:
         """{name: leaf} of what Adam moves."""
@@ -121,6 +125,19 @@ class Learner:
             assert self.sae.threshold is not None
             leaves["log_threshold"] = self.sae.threshold.detach().log().requires_grad_()
         return leaves
+
+    def _row_adam(self) -> RowAdam | None:
+        """What moves the matrices in place of torch's Adam, where that is exact and the quicker one."""
+        whole = self.parallel.batches == 1 and self.trainee.clip is None  # nobody asks for their gradients
+        if self.trainee.betas[0] != 0 or not whole or self.sae.device.type not in ROWS_ON:
+            return None
+        return RowAdam({"W_enc": self.sae.W_enc.detach().T, "W_dec": self.sae.W_dec.detach()}, self.trainee.betas[1],
+                       self.trainee.adam_eps)
+
+    @property
+    def _by_rows(self) -> Collection[str]:
+        """Names of the tensors that `rows` moves."""
+        return self.rows.weights if self.rows else ()
 
     @torch.no_grad()
     def start(self, rows: Mapping[str, Tensor]) -> None:
@@ -159,19 +176,17 @@ class Learner:
         batch = Batch(x=rows[self.source], target=rows[self.target], step=step, idle=self.idle,
                       over_shards=self.parallel.over_shards, over_batches=self.parallel.over_batches,
                       of_batches=self.parallel.of_batches, share=self.parallel.batch_share,
-                      first_feature=self.parallel.shard * self.sae.d_sae)
+                      first_feature=self.parallel.shard * self.sae.d_sae, factors={} if self.rows else None)
         with torch.autocast(self.sae.device.type, torch.bfloat16, enabled=self.trainee.bf16):
             loss = self._agreed(self.objective(self.sae, batch, self.extra))
         if not bool(torch.isfinite(loss.total)):
             raise self._complaint(loss, rows, step)
-        self.optimizer.zero_grad()
+        for leaf in self._leaves().values():
+            leaf.grad = None
         loss.total.backward()  # type: ignore[no-untyped-call]
-        self.parallel.reduce_gradients(self._leaves())
+        self.parallel.reduce_gradients({name: t for name, t in self._leaves().items() if name not in self._by_rows})
         self._clip()
-        self.optimizer.param_groups[0]["lr"] = self.trainee.learning_rate * rate
-        self._before_step()
-        self.optimizer.step()
-        self._after_step()
+        self._move(self.trainee.learning_rate * rate, batch)
         self.extra.update(loss.state)
         self.idle += len(batch.x) * self.parallel.batches
         self.idle[loss.fired > 0] = 0
@@ -221,23 +236,27 @@ class Learner:
         self.usual += torch.where(first, 1.0, 1 - REMEMBER) * (kept - self.usual)
 
     @torch.no_grad()
-    def _before_step(self) -> None:
-        if self.objective.unit_decoder:
-            project_decoder_gradient(self.sae)
+    def _move(self, rate: float, batch: Batch) -> None:
+        """The step itself, by the gradients."""
+        sae, unit, self.optimizer.param_groups[0]["lr"] = self.sae, self.objective.unit_decoder, rate
         if "log_threshold" in self.trained:
-            assert self.sae.threshold is not None
-            assert self.sae.threshold.grad is not None
-            self.trained["log_threshold"].grad = self.sae.threshold.grad * self.sae.threshold
-            self.sae.threshold.grad = None
-
-    @torch.no_grad()
-    def _after_step(self) -> None:
-        if self.objective.unit_decoder:
-            self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
-        if self.sae.threshold is not None:
+            assert sae.threshold is not None
+            assert sae.threshold.grad is not None
+            self.trained["log_threshold"].grad = sae.threshold.grad * sae.threshold
+            sae.threshold.grad = None
+        if self.rows:
+            to_enc = None if sae.W_enc.grad is None else sae.W_enc.grad.T
+            dense = {"W_enc": to_enc, "W_dec": sae.W_dec.grad}
+            self.rows.step(batch.factors or {}, dense, rate, ["W_dec"] if unit else [])
+        elif unit:
+            project_decoder_gradient(sae)
+        self.optimizer.step()
+        if unit and not self.rows:
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        if sae.threshold is not None:
             if "log_threshold" in self.trained:
-                self.sae.threshold.copy_(self.trained["log_threshold"].exp())
-            self.sae.threshold.clamp_(min=0.0)
+                sae.threshold.copy_(self.trained["log_threshold"].exp())
+            sae.threshold.clamp_(min=0.0)
 
     def dead(self) -> float:
         """Share of features that fired on none of the last `dead_after` tokens."""
@@ -263,7 +282,11 @@ class Learner:
         if "log_threshold" in self.trained:
             found["log_threshold"] = self.trained["log_threshold"].detach()
         for name, leaf in self.trained.items():
-            found |= {f"adam.{name}.{key}": t for key, t in self.optimizer.state[leaf].items()}
+            found |= {f"adam.{name}.{key}": t for key, t in self.optimizer.state.get(leaf, {}).items()}
+        if self.rows:
+            for name, square in self.rows.moments().items():
+                moment = square.T if name == "W_enc" else square
+                found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps)), f"adam.{name}.exp_avg_sq": moment}
         return found
 
     def _check_finite(self) -> None:
@@ -285,11 +308,13 @@ class Learner:
         for name, leaf in self.trained.items():
             if name == "log_threshold":
                 leaf.copy_(state[name])
-            if f"adam.{name}.step" in state:
-                self.optimizer.state[leaf] = {
-                    "step": state[f"adam.{name}.step"].to(leaf.device),
-                    "exp_avg": torch.zeros_like(leaf).copy_(state[f"adam.{name}.exp_avg"]),
-                    "exp_avg_sq": torch.zeros_like(leaf).copy_(state[f"adam.{name}.exp_avg_sq"])}
+            if f"adam.{name}.step" in state and name not in self._by_rows:
+                self.optimizer.state[leaf] = {"step": state[f"adam.{name}.step"].to(leaf.device)} | {
+                    key: torch.zeros_like(leaf).copy_(state.get(f"adam.{name}.{key}", torch.zeros(())))
+                    for key in ("exp_avg", "exp_avg_sq")}
+        if self.rows and "adam.W_enc.step" in state:
+            moments = {"W_enc": state["adam.W_enc.exp_avg_sq"].T, "W_dec": state["adam.W_dec.exp_avg_sq"]}
+            self.rows.load(moments, int(state["adam.W_enc.step"]))
 
 
 def tensors(sae: SAE) -> dict[str, Tensor]:
@@ -299,9 +324,11 @@ def tensors(sae: SAE) -> dict[str, Tensor]:
 
 def project_decoder_gradient(sae: SAE) -> None:
     """Take from each decoder row's gradient the part along the row, before Adam sees it (Gemma Scope 1, 3.2)."""
-    grad = sae.W_dec.grad
+    W_dec, grad = sae.W_dec, sae.W_dec.grad
     assert grad is not None
-    grad -= (grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+    size = max(BLOCK // sae.d_out, 1) if grad.device.type == "cpu" else sae.d_sae
+    for part, rows in zip(torch.split(grad, size), torch.split(W_dec, size), strict=True):
+        part -= (part * rows).sum(1, keepdim=True) * rows
 
 
 def fold_scale(sae: SAE, scale: float, scale_out: float | None = None) -> SAE:

@@ -22,9 +22,7 @@ def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) ->
 
     pre is what `linear` makes of the same x, bit for bit. nan is above no threshold.
     """
-    found = find_above(x, W_rows, bias, threshold)
-    assert found is not None
-    return _compressed(found, len(x))
+    return _compressed(find_above(x, W_rows, bias, threshold), len(x))
 
 
 def find_above(
@@ -33,26 +31,22 @@ def find_above(
     bias: Tensor,
     threshold: Tensor,
     *,
-    most: float = 1.0,
     multiply: torch.dtype | None = None,
-) -> Triplets | None:
+) -> Triplets:
     """(rows, columns, values) of the features with pre > threshold (d_sae), by row, then by column.
 
-    None as soon as a tile has more than the share `most` of its pairs above. Products are made in the dtype `multiply`,
-    where one is given, but added to and compared in float32 or wider.
+    Products are made in the dtype `multiply`, where one is given, but added to and compared in float32 or wider.
     """
     dtype = wide(x, W_rows)
     x, bias = cast(x, dtype), cast(bias, dtype)
     if is_one_tile(x, len(W_rows)):
-        return _above(affine(x, W_rows, bias, multiply), threshold, most)
+        return _above(affine(x, W_rows, bias, multiply), threshold)
     found = []
     for t in token_tiles(x):
-        parts = []
-        for f in feature_tiles(x[t], len(W_rows)):
-            part = _above(affine(x[t], W_rows[f], bias[f], multiply), threshold[f], most)
-            if part is None:
-                return None
-            parts.append(_moved(part, 0, f.start))
+        parts = [
+            _moved(_above(affine(x[t], W_rows[f], bias[f], multiply), threshold[f]), 0, f.start)
+            for f in feature_tiles(x[t], len(W_rows))
+        ]
         found.append(_moved(_by_row(parts, x), t.start, 0))
     return _joined(found, x)
 
@@ -89,11 +83,11 @@ def reconstruct(
         sparse = []
         for f in feature_tiles(x[t], len(W_rows)):
             pre = affine(x[t], W_rows[f], bias[f])
-            part = _above(pre, threshold[f], _crowded(x))
-            if part is None:
-                out[t] = _dense(out[t], pre.mul_(pre > threshold[f]), W_dec[f])
+            above = pre > threshold[f]
+            if _is_crowded(above):
+                out[t] = _dense(out[t], pre.mul_(above), W_dec[f])
             else:
-                sparse.append(_moved(part, 0, f.start))
+                sparse.append(_moved(_marked(pre, above), 0, f.start))
         if sparse:
             out[t] += weighted_sums(*_compressed(_by_row(sparse, x), len(out[t])), W_dec)
     return out
@@ -110,7 +104,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
         part = cast(acts[t], dtype)
         active = part != 0
-        if _count(active) > _crowded(acts) * part.numel():
+        if _is_crowded(active):
             out[t] = _dense(out[t], part, W_dec)
         else:
             out[t] += weighted_sums(*_compressed(_marked(part, active), len(part)), W_dec)
@@ -130,15 +124,12 @@ def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor
     return weighted_sums(indptr, indices, values, W_dec) + cast(b_dec, wide(values, W_dec))
 
 
-def _above(pre: Tensor, threshold: Tensor, most: float) -> Triplets | None:
-    """(rows, columns, values) of what is above in pre (tokens, features); None if it is more than the share `most`."""
-    above = pre > threshold
-    if most < 1.0 and _count(above) > most * above.numel():
-        return None
+def _above(pre: Tensor, threshold: Tensor) -> Triplets:
+    """(rows, columns, values) of what is above in pre (tokens, features)."""
     if (triton := triton_for(pre)) is not None:
         found: Triplets = triton.above(pre, threshold)
         return found
-    return _marked(pre, above)
+    return _marked(pre, pre > threshold)
 
 
 def _on_cpu(t: Tensor) -> bool:
@@ -149,12 +140,11 @@ def _small(t: Tensor) -> int:
     return SMALL if _on_cpu(t) else GPU_SMALL
 
 
-def _crowded(t: Tensor) -> float:
-    return CROWDED if _on_cpu(t) else GPU_CROWDED
-
-
-def _count(marks: Tensor) -> int:
-    return int(np.count_nonzero(marks.numpy()) if _on_cpu(marks) else marks.count_nonzero())
+def _is_crowded(active: Tensor) -> bool:
+    """Whether so many are that a dense product decodes them more quickly."""
+    if _on_cpu(active):
+        return int(np.count_nonzero(active.numpy())) > CROWDED * active.numel()
+    return int(active.count_nonzero()) > GPU_CROWDED * active.numel()
 
 
 def _marked(pre: Tensor, marks: Tensor) -> Triplets:

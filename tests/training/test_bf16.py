@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_hooks.training import BatchTopK, Gated, JumpReLU, ReLU, SiteInfo, TanhJumpReLU, TopK, Trainee
-from sae_hooks.training.codes import DenseCode, SparseCode, encode
+from sae_hooks.training.codes import DenseCode, Encoder, SparseCode, encode
 from sae_hooks.training.learner import Learner
 
 D_IN, D_SAE, BATCH = 48, 160, 96
@@ -46,7 +46,7 @@ def test_in_bfloat16_bias_and_threshold_still_decide_in_float32(form):
     """A pre-activation of 1 + 2^-12, whose excess is all in the bias: bfloat16 would round it away."""
     W_enc, bias, floor = torch.tensor([[1.0]]), torch.tensor([2.0 ** -12]), torch.tensor([1.0])
     with torch.autocast("cpu", torch.bfloat16):
-        code = encode(torch.tensor([[1.0]]), W_enc, bias, floor, form)
+        code = encode(torch.tensor([[1.0]]), Encoder(W_enc, bias), floor, form)
     assert isinstance(code, DenseCode if form == "dense" else SparseCode)
     assert code.pre.flatten().tolist() == [1 + 2.0 ** -12]
     assert code.pre.dtype == torch.float32

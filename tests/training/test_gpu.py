@@ -75,7 +75,12 @@ def test_steps_of_every_objective_are_those_of_the_cpu(trainee: Trainee, shards:
         torch.testing.assert_close(ours.reconstruction.cpu(), theirs.reconstruction, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(ours.l0.cpu(), theirs.l0, rtol=1e-2, atol=0.05)
     for name, leaf in here.trained.items():
-        assert leaf.grad is None or cosine(there.trained[name].grad, leaf.grad) > 0.999, name
+        if (grad := there.trained[name].grad) is None:  # matrices are moved by the gradient's factors
+            assert there.rows is not None
+            assert name in there.rows.weights
+        else:
+            assert leaf.grad is None or cosine(grad, leaf.grad) > 0.999, name
+        assert cosine(there.trained[name], leaf) > 0.999, name
 
 
 @pytest.mark.parametrize("objective", [JumpReLU(sparsity=0.05, bandwidth=0.1, threshold=0.1), TopK(k=3),
@@ -90,7 +95,8 @@ def test_in_bfloat16_a_step_is_almost_that_of_float32_and_thresholds_stay_float3
     torch.testing.assert_close(loss.reconstruction.cpu(), wanted.reconstruction, rtol=0.03, atol=0)
     torch.testing.assert_close(loss.l0.cpu(), wanted.l0, rtol=0.03, atol=0.2)
     for name, leaf in here.trained.items():
-        assert cosine(there.trained[name].grad, leaf.grad) > 0.98, name
+        grad = there.trained[name].grad
+        assert grad is None or cosine(grad, leaf.grad) > 0.98, name
 
 
 # --- streams and checkpoints --------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_centred_start_reconstructs_the_mean_and_encodes_what_is_off_it(name: 
 
     mean, target = rows[IN].mean(0), rows[trainee.site_out or IN].mean(0)
     torch.testing.assert_close(learner.sae.b_dec.detach(), target)
-    pre = mean @ learner.sae.W_enc + trainee.objective.bias(learner.sae)
+    pre = mean @ learner.sae.W_enc + trainee.objective.encoder(learner.sae).bias()
     assert pre.abs().max() < 1e-6
     if "b_mag" in learner.extra:
         assert torch.equal(learner.extra["b_mag"], learner.sae.b_enc)
@@ -231,7 +231,7 @@ def test_idle_counts_are_those_of_counting_each_token_by_hand(name: str) -> None
 def trained_acts(learner: Learner, x: Tensor) -> Tensor:
     """Activations in training, of an SAE whose decoder norms may be free: which are above 0."""
     sae, objective = learner.sae, learner.objective
-    pre = (x @ sae.W_enc + objective.bias(sae)).detach()
+    pre = (x @ sae.W_enc + objective.encoder(sae).bias()).detach()
     if learner.trainee.name == "topk":
         return sae.gate(pre)
     if learner.trainee.name == "batchtopk":

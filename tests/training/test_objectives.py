@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_hooks.training.codes import DenseCode, SparseCode, encode
+from sae_hooks.training.codes import DenseCode, Encoder, SparseCode, encode
 from sae_hooks.training.objectives import OBJECTIVES, BatchTopK, JumpReLU, Objective
 
 from . import reference_losses as reference
@@ -173,8 +173,8 @@ def test_the_form_is_dense_while_much_is_active_and_sparse_afterwards() -> None:
     weights = world(d_sae=130).weights
     x, W_enc, b_enc = torch.randn(300, 6), torch.from_numpy(weights["W_enc"]).float(), torch.zeros(130)
 
-    assert isinstance(encode(x, W_enc, b_enc, torch.zeros(130)), DenseCode)
-    assert isinstance(encode(x, W_enc, b_enc, torch.full((130,), 9.0)), SparseCode)
+    assert isinstance(encode(x, Encoder(W_enc, b_enc), torch.zeros(130)), DenseCode)
+    assert isinstance(encode(x, Encoder(W_enc, b_enc), torch.full((130,), 9.0)), SparseCode)
 
 
 def shard(at: World, part: slice) -> World:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_hooks.sae import SAE
 
-from ..codes import Code, Form
+from ..codes import Code, Encoder, Factors, Form
 from ..schedules import linear_warmup
 
 Extra = Mapping[str, Tensor]
@@ -36,7 +36,8 @@ class Batch:
     (d_sae): tokens since each feature last fired. over_shards sums a tensor over the processes that share the features,
     over_batches averages one over those that share the tokens; both hand gradients through unchanged. of_batches lays
     those of the latter beside each other, (processes, ...), without gradients; share (i, n): this is the i-th of them.
-    first_feature: the number, among all, of the first feature here.
+    first_feature: the number, among all, of the first feature here. factors: where the sparse form's gradients of W_enc
+    and W_dec go, if not to the tensors (codes.Encoder).
     """
 
     x: Tensor
@@ -49,6 +50,7 @@ class Batch:
     of_batches: Sum = in_one_row
     share: tuple[int, int] = (0, 1)
     first_feature: int = 0
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +109,9 @@ class Objective:
         """The sparsity coefficient in force."""
         return self.sparsity * linear_warmup(step, self.warmup)
 
-    def bias(self, sae: SAE) -> Tensor:
-        """The encoder's bias for x itself: x W_enc + bias = (x - b_dec) W_enc + b_enc with pre_bias."""
-        if not self.pre_bias:
-            return sae.b_enc
-        with torch.autocast(sae.device.type, enabled=False):
-            return sae.b_enc - sae.b_dec @ sae.W_enc
+    def encoder(self, sae: SAE, batch: Batch | None = None) -> Encoder:
+        """What makes pre-activations of x; with pre_bias, of x - b_dec."""
+        return Encoder(sae.W_enc, sae.b_enc, sae.b_dec if self.pre_bias else None, batch.factors if batch else None)
 
 
 def reconstruct(sae: SAE, code: Code, acts: Tensor, batch: Batch, *, frozen: bool = False) -> Tensor:

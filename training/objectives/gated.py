@@ -35,8 +35,7 @@ class Gated(Objective):
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
-        bias = self.bias(sae)
-        code = encode(batch.x, sae.W_enc, bias, torch.zeros_like(bias), batch.form)
+        code = encode(batch.x, self.encoder(sae, batch), torch.zeros_like(sae.b_enc), batch.form)
         gate = code.pre.relu()
         magnitude = code.of(extra["r_mag"].exp()) * (code.pre - code.of(sae.b_enc)) + code.of(extra["b_mag"])
         acts = magnitude.relu() * (gate > 0)

@@ -60,13 +60,14 @@ class JumpReLU(Objective):
     def start(self, sae: SAE, x: Tensor) -> None:
         """Set the thresholds by the first batch, if none was given."""
         if self.threshold is None:
-            threshold_of(sae).fill_(threshold_for(sae, x, self.bias(sae), self.l0 * START if self.l0 else START_L0))
+            l0 = self.l0 * START if self.l0 else START_L0
+            threshold_of(sae).fill_(threshold_for(sae, x, self.encoder(sae).bias(), l0))
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
         threshold = threshold_of(sae)
         floor = threshold.detach() - support(self.kernel) * self.bandwidth
-        code = encode(batch.x, sae.W_enc, self.bias(sae), floor, batch.form)
+        code = encode(batch.x, self.encoder(sae, batch), floor, batch.form)
         at = code.of(threshold)
         acts = jump(code.pre, at, self.bandwidth, self.kernel)
         minimised, error = nested_error(sae, code, acts, batch, self.prefixes)

@@ -21,8 +21,7 @@ class ReLU(Objective):
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
-        bias = self.bias(sae)
-        code = encode(batch.x, sae.W_enc, bias, torch.zeros_like(bias), batch.form)
+        code = encode(batch.x, self.encoder(sae, batch), torch.zeros_like(sae.b_enc), batch.form)
         acts = code.pre.relu()
         error = squared_error(reconstruct(sae, code, acts, batch), batch.target)
         l1 = batch.over_shards(code.per_token(acts * code.of(sae.W_dec.norm(dim=1)))).mean()

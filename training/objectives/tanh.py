@@ -42,14 +42,14 @@ class TanhJumpReLU(Objective):
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
-        threshold, bias = threshold_of(sae), self.bias(sae)
+        threshold, encoder = threshold_of(sae), self.encoder(sae, batch)
         # Pairs below the threshold are needed only inside the kernel; pairs above it always.
-        code = encode(batch.x, sae.W_enc, bias, threshold.detach() - support(self.kernel) * self.bandwidth, batch.form)
+        code = encode(batch.x, encoder, threshold.detach() - support(self.kernel) * self.bandwidth, batch.form)
         norms, at = sae.W_dec.norm(dim=1), code.of(threshold)
         acts = jump(code.pre, at, self.bandwidth, self.kernel, to_pre=True)
         error = squared_error(reconstruct(sae, code, acts, batch), batch.target)
         crowd = batch.over_shards(code.per_token(torch.tanh(self.scale * acts * code.of(norms)))).mean()
-        below = self.shortfall(sae, code, threshold, bias, norms, batch)
+        below = self.shortfall(sae, code, threshold, encoder.bias(), norms, batch)
         coefficient = self.coefficient(batch.step)
         l0, fired = firings(code, code.pre.detach() > at.detach(), batch)
         return Loss(total=error + coefficient * crowd + self.pre_act * below, reconstruction=error.detach(), l0=l0,

@@ -46,7 +46,7 @@ class TopK(Objective):
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_each(self.k))
+        return encode_chosen(batch.x, self.encoder(sae, batch), largest_of_each(self.k))
 
     def loss(self, sae: SAE, batch: Batch, code: SparseCode, **state: Tensor) -> Loss:
         """The loss of the features that were kept."""
@@ -63,7 +63,7 @@ class TopK(Objective):
         k = min(self.aux_k, len(dead))
         if k == 0:
             return lack.new_zeros(())
-        pre = F.linear(batch.x, sae.W_enc.t()[dead], self.bias(sae)[dead]).relu()
+        pre = F.linear(batch.x, sae.W_enc.t()[dead], self.encoder(sae).bias()[dead]).relu()
         values, places = pre.topk(k, dim=-1)
         found = torch.zeros_like(pre).scatter(-1, places, values) @ sae.W_dec[dead]
         average = batch.over_batches
@@ -102,7 +102,7 @@ class BatchTopK(TopK):
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, sae.W_enc, self.bias(sae), largest_of_all(self.k, batch), whole=True)
+        return encode_chosen(batch.x, self.encoder(sae, batch), largest_of_all(self.k, batch), whole=True)
 
     def finish(self, sae: SAE, extra: Extra) -> SAE:
         """Put the one threshold into the SAE."""

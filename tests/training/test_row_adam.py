@@ -1,0 +1,176 @@
+"""Adam by rows is torch's Adam: the same weights, from the same states, whatever form the gradients have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_hooks.training import JumpReLU, TrainConfig, Trainee, train
+from sae_hooks.training import learner as learning
+from sae_hooks.training.codes import Factor
+from sae_hooks.training.learner import Learner
+from sae_hooks.training.objectives.base import Objective
+from sae_hooks.training.row_adam import RowAdam
+
+from . import streams
+
+TRAINEES = [trainee for trainee in streams.trainees() if not trainee.bf16]
+
+
+@pytest.fixture
+def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "ROWS_ON", ("cpu", "cuda"))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return streams.store(tmp_path / "shards", rows=100)
+
+
+def exact(trainee: Trainee) -> Trainee:
+    return replace(trainee, betas=(0.0, 0.99), clip=None, learning_rate=1e-2)
+
+
+def stepped(shards: Path, trainee: Trainee, steps: int) -> Learner:
+    stream = streams.cached(shards)
+    learner = Learner(trainee, stream.sites)
+    for step in range(steps):
+        rows = stream.next(40)
+        if step == 0:
+            learner.start(rows)
+        learner.update(rows, step, 1.0)
+    return learner
+
+
+def close(ours: Learner, theirs: Learner) -> None:
+    """That two are at the same place; the last gradients, which torch's Adam keeps as first moments, apart."""
+    state, wanted = ({name: t for name, t in learner.state().items() if not name.endswith("exp_avg")}
+                     for learner in (ours, theirs))
+    assert state.keys() == wanted.keys()
+    for name in wanted:
+        if isinstance(wanted[name], Tensor):
+            torch.testing.assert_close(state[name], wanted[name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+# --- the optimiser by itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_sparse_dense_and_summed_gradients_move_weights_as_torch_does(unit: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(30, 6, generator=random, dtype=torch.float64), dim=1)
+    plain = rows.clone().requires_grad_()
+    adam = torch.optim.Adam([plain], lr=1e-2, betas=(0.0, 0.99))
+    ours = RowAdam({"W": rows}, 0.99, 1e-8)
+    for step in range(40):
+        factors = [factor(random, active=step % 7) for _ in range(step % 3)]
+        dense = torch.randn(30, 6, generator=random, dtype=torch.float64) if step % 5 == 0 else None
+        plain.grad = sum((written_out(f) for f in factors), torch.zeros(30, 6, dtype=torch.float64))
+        plain.grad += 0 if dense is None else dense
+        with torch.no_grad():
+            if unit:
+                plain.grad -= (plain.grad * plain).sum(1, keepdim=True) * plain
+            adam.step()
+            if unit:
+                plain /= plain.norm(dim=1, keepdim=True)
+        ours.step({"W": factors}, {"W": dense}, 1e-2, ["W"] if unit else [])
+        torch.testing.assert_close(rows, plain.detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(ours.moments()["W"], adam.state[plain]["exp_avg_sq"], rtol=1e-12, atol=0)
+
+
+def factor(random: torch.Generator, active: int) -> Factor:
+    features = torch.randperm(30, generator=random)[:active].repeat_interleave(3).sort().values
+    starts = torch.searchsorted(features, torch.arange(31))
+    ids = torch.randint(9, (len(features),), generator=random)
+    weights, table = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in ((len(ids),), (9, 6)))
+    return Factor(starts, ids, weights, table)
+
+
+def written_out(f: Factor) -> Tensor:
+    grad = torch.zeros(30, 6, dtype=torch.float64)
+    for row in range(30):
+        for j in range(int(f.starts[row]), int(f.starts[row + 1])):
+            grad[row] += f.weights[j] * f.table[f.ids[j]]
+    return grad
+
+
+# --- in a training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainee", TRAINEES, ids=lambda t: t.name)
+def test_every_objective_is_trained_alike(trainee: Trainee, shards: Path, by_rows: None) -> None:
+    ours = stepped(shards, exact(trainee), 6)
+    assert ours.rows is not None
+    assert "W_enc" not in {n.split(".")[1] for n in ours.state() if n.endswith("exp_avg")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "ROWS_ON", ())
+        plain = stepped(shards, exact(trainee), 6)
+    assert plain.rows is None
+    close(ours, plain)
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("pre_bias", [False, True])
+def test_both_forms_and_the_pre_encoder_bias(form: str, pre_bias: bool, shards: Path, by_rows: None,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    objective: Objective = JumpReLU(l0=4, bandwidth=0.3, pre_bias=pre_bias)
+    monkeypatch.setattr(learning, "Batch", partial(learning.Batch, form=form))
+    ours = stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6)
+    assert ours.rows is not None
+    assert (ours.sae.W_enc.grad is None) == (form == "sparse"), "a gradient of the matrix was made"
+    monkeypatch.setattr(learning, "ROWS_ON", ())
+    close(ours, stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6))
+
+
+@pytest.mark.parametrize("saved_by_rows", [True, False])
+def test_a_state_goes_on_under_the_other_optimiser(saved_by_rows: bool, shards: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    trainee = exact(TRAINEES[0])
+    kinds = [("cpu",), ()] if saved_by_rows else [(), ("cpu",)]
+    monkeypatch.setattr(learning, "ROWS_ON", kinds[0])
+    learner = stepped(shards, trainee, 4)
+    state = {name: t.clone() if isinstance(t, Tensor) else t for name, t in learner.state().items()}
+    monkeypatch.setattr(learning, "ROWS_ON", kinds[1])
+    other = stepped(shards, trainee, 1)
+    other.load(state)
+    stream = streams.cached(shards)
+    for step in range(4, 8):
+        rows = stream.next(40)
+        for each in (learner, other):
+            each.update(rows, step, 1.0)
+    close(other, learner)
+
+
+def test_telling_its_state_does_not_change_where_a_training_goes(shards: Path, by_rows: None) -> None:
+    watched, alone = (Learner(exact(TRAINEES[0]), streams.cached(shards).sites) for _ in range(2))
+    stream = streams.cached(shards)
+    for step in range(6):
+        rows = stream.next(40)
+        for learner in (watched, alone):
+            if step == 0:
+                learner.start(rows)
+            learner.update(rows, step, 1.0)
+        watched.state()
+    close(watched, alone)
+
+
+@pytest.mark.parametrize("change", [{"betas": (0.9, 0.999)}, {"clip": 2.0}], ids=str)
+def test_momentum_and_clipping_need_the_whole_gradients(change: dict[str, Any], shards: Path, by_rows: None) -> None:
+    learner = stepped(shards, replace(exact(TRAINEES[0]), **change), 1)
+    assert learner.rows is None
+    assert learner.sae.W_enc.grad is not None
+
+
+def test_a_whole_training_comes_out_the_same(shards: Path, by_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(steps=8, batch_size=40, warmup=3, report_every=4)
+    ours = train(streams.cached(shards), [exact(TRAINEES[0])], config, progress=False)[TRAINEES[0].name]
+    monkeypatch.setattr(learning, "ROWS_ON", ())
+    plain = train(streams.cached(shards), [exact(TRAINEES[0])], config, progress=False)[TRAINEES[0].name]
+    for name, t in streams.tensors(ours).items():
+        torch.testing.assert_close(t, streams.tensors(plain)[name], rtol=2e-4, atol=2e-6)
