@@ -1,4 +1,7 @@
-"""Fixtures for every test. The Hub on loopback first: huggingface_hub reads its environment at import."""
+"""Fixtures for every test. First what is read at import: huggingface_hub's environment, for which the Hub on loopback
+is started, and Triton's, whose kernels are interpreted where there is no GPU."""
+
+import os
 
 import loopback  # isort: skip
 
@@ -8,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_model, make_sae
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY_GEMMA2 = Path(__file__).parent / "models" / "tiny-gemma2"
 

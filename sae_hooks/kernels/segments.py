@@ -63,8 +63,8 @@ def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -
 
 
 def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tensor) -> Tensor:
-    """by_row[rows[j]] . by_id[ids[j]] of every entry j, whose rows ascend and are those of `starts`. by_row (n, d) and
-    by_id (m, d) are of any dtype; the result is float32 or float64, as `wide` has it."""
+    """by_row[rows[j]] . by_id[ids[j]] of every entry j, whose rows ascend and are those of `starts`; no id twice in a
+    row. by_row (n, d) and by_id (m, d) are of any dtype; the result is float32 or float64, as `wide` has it."""
     if (triton := triton_for(by_id, by_row)) is not None:
         products: Tensor = triton.dots(starts, rows, ids, by_row, by_id)
         return products
