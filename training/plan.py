@@ -26,7 +26,9 @@ DENSE_PASSES = 20  # over (batch, d_sae), read or written, in the dense form
 ENCODER_PASSES = 3  # over (batch, d_sae) in the sparse form: products written, compared, their mask scanned
 DECODER_PASSES = 12  # over W_dec: its gradient's projection (9), its norms and their division (3)
 ADAM_BYTES = 28  # a weight: reads it, its gradient and two moments (16), writes it and the moments (12)
-PRE_BIAS_BYTES = 16  # an encoder weight: read for b_dec W_enc; that bias's outer product is written, read and added
+ROW_ADAM_BYTES = 16  # a weight, by rows: reads it and its second moment and writes both, all features being active
+PRE_BIAS_BYTES = 8  # an encoder weight: read for b_dec W_enc, and for b_dec's gradient
+OUTER_BYTES = 8  # an encoder weight, in the dense form: that bias's outer product is written, read and added
 PAIR_BYTES = 40  # a pair of token and feature: indices, pre-activation, gradients, the order by feature
 HELD = 2.0  # pairs held for each that is active: the kernel's window, and those just below
 UNKNOWN_L0 = 60.0  # where the recipe has a coefficient instead of a target
@@ -168,10 +170,11 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
 
     Both: the larger of each product's FLOP, 2 rows features d, and the bytes of its matrix, once for each GPU_CHUNK of
     rows in the sparse form; then bytes that are moved: gradients written, DECODER_PASSES, ADAM_BYTES, PRE_BIAS_BYTES.
-    Sparse: the encoder's product alone, ENCODER_PASSES, and 4 gathers of HELD * l0 * rows / shards rows of d (decode
-    and its backward, two gradients). Dense: 5 products and DENSE_PASSES. All-reduces, in float32, of n bytes among p
-    GPUs move 2 n (p - 1) / p: (rows, d_out) among shards, the gradients among groups; (rows, d_in) is gathered among
-    shards, half as many.
+    Adam by rows: ROW_ADAM_BYTES in their place, in the dense form with gradients written and read. Sparse: the
+    encoder's product alone, ENCODER_PASSES, and 4 gathers of HELD * l0 * rows / shards rows of d (decode and its
+    backward, two gradients). Dense: 5 products, DENSE_PASSES and OUTER_BYTES. All-reduces, in float32, of n bytes
+    among p GPUs move 2 n (p - 1) / p: (rows, d_out) among shards, the gradients among groups; (rows, d_in) is gathered
+    among shards, half as many.
     """
     (d_in, d_out), rows, features = place, recipe.batch_size / groups, recipe.d_sae / shards
     peak = machine.bf16_flops if recipe.bf16 else machine.tf32_flops
@@ -179,31 +182,40 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     encode = max(2 * rows * features * d_in / flops, math.ceil(rows / GPU_CHUNK) * FLOAT * d_in * features / bandwidth)
     products = 2 * rows * features * (2 * d_in + 3 * d_out) / flops
     weights = features * (d_in + d_out)
-    update = (weights * (FLOAT + ADAM_BYTES) + DECODER_PASSES * FLOAT * d_out * features * recipe.objective.unit_decoder
-              + PRE_BIAS_BYTES * d_in * features * recipe.objective.pre_bias)
+    whole = weights * (FLOAT + ADAM_BYTES) + DECODER_PASSES * FLOAT * d_out * features * recipe.objective.unit_decoder
+    by_rows = moved_by_rows(recipe, groups)
+    bias = d_in * features * recipe.objective.pre_bias
+    update = (weights * ROW_ADAM_BYTES if by_rows else whole) + PRE_BIAS_BYTES * bias
+    dense_update = update + OUTER_BYTES * bias + weights * 2 * FLOAT * by_rows
     gathers = HELD * l0 * rows / shards * 2 * (d_in + d_out) * FLOAT
     shared = rows * (d_out + d_in / 2) * (shards - 1) / shards
     reduce = 2 * FLOAT / machine.link * (shared + weights * (groups - 1) / groups)
     passes = FLOAT * rows * features
     sparse = encode + (ENCODER_PASSES * passes + gathers + update) / bandwidth + reduce
-    return sparse, products + (DENSE_PASSES * passes + update) / bandwidth + reduce
+    return sparse, products + (DENSE_PASSES * passes + dense_update) / bandwidth + reduce
+
+
+def moved_by_rows(recipe: Recipe, groups: int = 1) -> bool:
+    """Whether a GPU's training takes Adam by rows (row_adam.py)."""
+    return recipe.betas[0] == 0 and recipe.clip is None and groups == 1
 
 
 def memory(recipe: Recipe, cost: ModelCost, l0: float, groups: int = 1, shards: int = 1) -> dict[str, float]:
     """Bytes of one GPU.
 
     Language model in bf16, and its working memory for TOKENS_PER_BATCH tokens. Each SAE's weights, gradients and two
-    moments of Adam in float32, 16 bytes a weight. Activations of one SAE at a time, in the larger of its forms: dense,
-    DENSE_TENSORS of (rows, features); sparse, PAIR_BYTES a pair and 3 tensors of (GPU_CHUNK, features); and 6 of the
-    rows themselves. Temporary: two more of W_dec's size while it is projected.
+    moments of Adam in float32, 16 bytes a weight; by rows one moment, and gradients only in the dense form. Activations
+    of one SAE at a time, in the larger of its forms: dense, DENSE_TENSORS of (rows, features); sparse, PAIR_BYTES a
+    pair and 3 tensors of (GPU_CHUNK, features); and 6 of the rows themselves. Temporary: two more of W_dec's size while
+    it is projected, if not by rows.
     """
     features, d_in, d_out = recipe.d_sae / shards, *(max(sizes) for sizes in zip(*cost.places, strict=True))
     weights = sum(features * (a + b + 2) + b for a, b in cost.places)
-    rows = 6 * FLOAT * recipe.batch_size / groups * (d_in + d_out)
+    rows, moments = 6 * FLOAT * recipe.batch_size / groups * (d_in + d_out), 1 if moved_by_rows(recipe, groups) else 2
     return {"language model": BF16 * cost.parameters, "its forward pass": cost.working * TOKENS_PER_BATCH,
-            "SAE weights": FLOAT * weights, "gradients": FLOAT * weights, "Adam": 2 * FLOAT * weights,
+            "SAE weights": FLOAT * weights, "gradients": FLOAT * weights, "Adam": moments * FLOAT * weights,
             "activations": max(activation_bytes(recipe, l0, groups, shards)) + rows,
-            "temporary": 2 * FLOAT * features * d_out}
+            "temporary": 2 * FLOAT * features * d_out * (moments == 2)}
 
 
 def activation_bytes(recipe: Recipe, l0: float, groups: int = 1, shards: int = 1) -> tuple[float, float]:
@@ -214,8 +226,8 @@ def activation_bytes(recipe: Recipe, l0: float, groups: int = 1, shards: int = 1
 
 
 def disk(recipe: Recipe, cost: ModelCost, cached: bool) -> dict[str, float]:
-    """Bytes: CHECKPOINTS of weights and moments, 12 bytes a weight, with the unread rows of a live stream's buffer; the
-    SAEs that come out; the activations in bf16 if they are cached."""
+    """Bytes: CHECKPOINTS of weights and moments, 12 bytes a weight at most, with the unread rows of a live stream's
+    buffer; the SAEs that come out; the activations in bf16 if they are cached."""
     weights = sum(recipe.d_sae * (a + b + 2) + b for a, b in cost.places)
     buffer = 0.0 if cached else _rows(recipe.buffer_tokens, cost)
     found = {"checkpoints, at most": CHECKPOINTS * (3.0 * FLOAT * weights + buffer), "finished SAEs": FLOAT * weights}

@@ -2,8 +2,8 @@
 
 Products accumulate in float32 (float64 if both sides are) whatever the weights are stored in: half-precision rows are
 widened a tile at a time, because a rounding error at the threshold is an error of the threshold's size, and because
-half-precision matrix products are 5 to 14 times slower than float32 on CPUs without such instructions. torch.autocast
-changes nothing.
+half-precision matrix products are 5 to 14 times slower than float32 on CPUs without such instructions. GPUs multiply
+halves by halves as they are, which is exact, and sum in float32. torch.autocast changes nothing.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
 FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
+HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)
 LARGE = 2**22  # ... where the rows are too many numbers for a core's cache
 
 
@@ -52,19 +53,38 @@ def is_one_tile(x: Tensor, d_sae: int) -> bool:
 
 
 def affine(x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None) -> Tensor:
-    """x @ rows.T + bias (n, features) in x's dtype, contiguous; multiplied in the dtype `multiply`, where one is given.
+    """x @ rows.T + bias (n, features) in bias' dtype, float32 or float64, contiguous.
 
-    x and bias are of one dtype, float32 or float64, rows of any.
+    x is of that dtype, too, or as `ready` made it, rows of any. multiply: a half dtype that both are rounded to first.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return affine(x, rows, bias, multiply)
-    if multiply is not None:
-        return F.linear(x.to(multiply), rows.to(multiply)).to(x.dtype) + bias
+    if multiply is not None or x.dtype != bias.dtype:
+        multiply = multiply or x.dtype
+        return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     rows = cast(rows, x.dtype)
     if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.device.type == "cpu":
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     return F.linear(x, rows, bias)
+
+
+def half_product(x: Tensor, rows: Tensor) -> Tensor:
+    """x @ rows.T in float32 of matrices of one half dtype. Each product of two such numbers is exact in float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return half_product(x, rows)
+    if x.device.type == "cpu":
+        return F.linear(x.float(), rows.float())
+    return torch.mm(x, rows.T, out_dtype=torch.float32)
+
+
+def ready(x: Tensor, W_rows: Tensor) -> Tensor:
+    """x in the dtype to compute in, or as it is, where it and the weights are of one half dtype and `half_product` is
+    the quicker one, on GPUs."""
+    if x.device.type in HALVES_ON and x.dtype == W_rows.dtype and x.dtype in HALVES and not x.requires_grad:
+        return x
+    return cast(x, wide(x, W_rows))
 
 
 def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
@@ -72,11 +92,11 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
 
     Made of the very products that encode_sparse compares, so that both find the same features.
     """
-    dtype = wide(x, W_rows)
-    x, bias = cast(x, dtype), cast(bias, dtype)
+    bias = cast(bias, wide(x, W_rows))
+    x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
         return affine(x, W_rows, bias)
-    pre = x.new_empty(len(x), len(W_rows))
+    pre = bias.new_empty(len(x), len(W_rows))
     for t in token_tiles(x):
         for f in feature_tiles(x[t], len(W_rows)):
             pre[t, f] = affine(x[t], W_rows[f], bias[f])

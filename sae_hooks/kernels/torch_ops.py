@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
+from .screen import screened, screens
 from .segments import triton_for, weighted_sums
-from .tiles import affine, cast, feature_tiles, is_one_tile, linear, slices, token_tiles, wide
+from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, slices, token_tiles, wide
 
 Csr = tuple[Tensor, Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
-FEW_MARKS = 2**14
+FEW_MARKS = 2**14  # up to which torch's own search is the quicker one
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
 SMALL, GPU_SMALL = 2**22, 2**27  # products of one decoding up to which the dense one is, whatever is active
 
@@ -20,7 +21,8 @@ SMALL, GPU_SMALL = 2**22, 2**27  # products of one decoding up to which the dens
 def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Csr:
     """CSR of the features with pre > threshold, indices ascending in each row; never holds (n, d_sae).
 
-    pre is what `linear` makes of the same x, bit for bit. nan is above no threshold.
+    pre is what `linear` makes of the same x, bit for bit; on GPUs, where many tokens are screened, but for rounding in
+    float32. nan is above no threshold.
     """
     return _compressed(find_above(x, W_rows, bias, threshold), len(x))
 
@@ -37,18 +39,18 @@ def find_above(
 
     Products are made in the dtype `multiply`, where one is given, but added to and compared in float32 or wider.
     """
-    dtype = wide(x, W_rows)
-    x, bias = cast(x, dtype), cast(bias, dtype)
+    bias = cast(bias, wide(x, W_rows))
+    x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
-        return _above(affine(x, W_rows, bias, multiply), threshold)
+        return _in_tile(x, W_rows, bias, threshold, multiply)
     found = []
     for t in token_tiles(x):
         parts = [
-            _moved(_above(affine(x[t], W_rows[f], bias[f], multiply), threshold[f]), 0, f.start)
+            _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply), 0, f.start)
             for f in feature_tiles(x[t], len(W_rows))
         ]
-        found.append(_moved(_by_row(parts, x), t.start, 0))
-    return _joined(found, x)
+        found.append(_moved(_by_row(parts, bias), t.start, 0))
+    return _joined(found, bias)
 
 
 @traceable("(Tensor x, Tensor W_rows, Tensor bias, int k) -> (Tensor, Tensor, Tensor)", fake_csr)
@@ -74,7 +76,7 @@ def reconstruct(
     active, or so little is to be done, that this is the quicker way.
     """
     dtype = wide(x, W_rows)
-    x, bias, b_dec = cast(x, dtype), cast(bias, dtype), cast(b_dec, dtype)
+    x, bias, b_dec = ready(x, W_rows), cast(bias, dtype), cast(b_dec, dtype)
     if len(x) * W_dec.numel() < _small(x):
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
@@ -82,14 +84,13 @@ def reconstruct(
     for t in token_tiles(x):
         sparse = []
         for f in feature_tiles(x[t], len(W_rows)):
-            pre = affine(x[t], W_rows[f], bias[f])
-            above = pre > threshold[f]
-            if _is_crowded(above):
-                out[t] = _dense(out[t], pre.mul_(above), W_dec[f])
+            part = _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f])
+            if isinstance(part, Tensor):
+                out[t] = _dense(out[t], part, W_dec[f])
             else:
-                sparse.append(_moved(_marked(pre, above), 0, f.start))
+                sparse.append(_moved(part, 0, f.start))
         if sparse:
-            out[t] += weighted_sums(*_compressed(_by_row(sparse, x), len(out[t])), W_dec)
+            out[t] += weighted_sums(*_compressed(_by_row(sparse, bias), len(out[t])), W_dec)
     return out
 
 
@@ -104,7 +105,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
         part = cast(acts[t], dtype)
         active = part != 0
-        if _is_crowded(active):
+        if _is_much(_count(active), part, part.numel()):
             out[t] = _dense(out[t], part, W_dec)
         else:
             out[t] += weighted_sums(*_compressed(_marked(part, active), len(part)), W_dec)
@@ -124,6 +125,26 @@ def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor
     return weighted_sums(indptr, indices, values, W_dec) + cast(b_dec, wide(values, W_dec))
 
 
+def _in_tile(
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, multiply: torch.dtype | None = None
+) -> Triplets:
+    """find_above for tokens and features that are taken together."""
+    if multiply is None and screens(x, rows):
+        return screened(x, rows, bias, threshold)
+    return _above(affine(x, rows, bias, multiply), threshold)
+
+
+def _sparse_or_dense(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Triplets | Tensor:
+    """What is active among tokens and features that are taken together; all activations, where that is much."""
+    if screens(x, rows):
+        found = screened(x, rows, bias, threshold)
+        if not _is_much(len(found[0]), bias, len(x) * len(rows)):
+            return found
+    pre = affine(x, rows, bias)
+    above = pre > threshold
+    return pre.mul_(above) if _is_much(_count(above), pre, pre.numel()) else _above(pre, threshold)
+
+
 def _above(pre: Tensor, threshold: Tensor) -> Triplets:
     """(rows, columns, values) of what is above in pre (tokens, features)."""
     if (triton := triton_for(pre)) is not None:
@@ -140,11 +161,13 @@ def _small(t: Tensor) -> int:
     return SMALL if _on_cpu(t) else GPU_SMALL
 
 
-def _is_crowded(active: Tensor) -> bool:
-    """Whether so many are that a dense product decodes them more quickly."""
-    if _on_cpu(active):
-        return int(np.count_nonzero(active.numpy())) > CROWDED * active.numel()
-    return int(active.count_nonzero()) > GPU_CROWDED * active.numel()
+def _count(marks: Tensor) -> int:
+    return int(np.count_nonzero(marks.numpy()) if _on_cpu(marks) else marks.count_nonzero())
+
+
+def _is_much(active: int, where: Tensor, of: int) -> bool:
+    """Whether so many are active that a dense product decodes them more quickly."""
+    return active > (CROWDED if _on_cpu(where) else GPU_CROWDED) * of
 
 
 def _marked(pre: Tensor, marks: Tensor) -> Triplets:

@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from sae_hooks.kernels import segments, triton_ops
+from sae_hooks.kernels import segments, triton_ops  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (1, 5, 40, 130, 600)

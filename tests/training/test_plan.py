@@ -81,12 +81,21 @@ def test_a_step_by_hand():
     flops, bandwidth = 0.7 * 494e12, 0.8 * 3.35e12
     product = 2 * 4096 * 3584 * 131_072 / flops
     reads = 2 * 4 * 3584 * 131_072 / bandwidth  # the encoder, once for each of the 2 chunks of 2,048 tokens
-    update = WEIGHTS * (4 + 28) + 12 * 4 * WEIGHTS / 2 + 16 * WEIGHTS / 2
+    update = WEIGHTS * 16 + 8 * WEIGHTS / 2  # Adam by rows
     passes = 4 * 4096 * 131_072
     gathers = 4 * 2 * 60 * 4096 * 3584 * 4
     assert sparse == pytest.approx(max(product, reads) + (3 * passes + gathers + update) / bandwidth)
-    assert dense == pytest.approx(5 * product + (20 * passes + update) / bandwidth)
+    assert dense == pytest.approx(5 * product + (20 * passes + update + WEIGHTS * 8 + 8 * WEIGHTS / 2) / bandwidth)
     assert sparse < dense
+
+
+@pytest.mark.parametrize("change", [{"betas": (0.9, 0.999)}, {"clip": 3.0}])
+def test_momentum_and_clipping_cost_gradients_and_passes(change):
+    sparse, dense = step_seconds(paper, (3584, 3584), 60.0)
+    slower, dense_too = step_seconds(replace(paper, **change), (3584, 3584), 60.0)
+    more = WEIGHTS * (4 + 28) + 12 * 4 * WEIGHTS / 2 - WEIGHTS * 16
+    assert slower == pytest.approx(sparse + more / (0.8 * 3.35e12))
+    assert dense_too == pytest.approx(dense + (more - 8 * WEIGHTS) / (0.8 * 3.35e12))
 
 
 def test_products_in_bf16_are_quicker_and_said_to_be_assumed(cost):
@@ -124,15 +133,18 @@ def test_processes_that_do_not_come_out_even_are_refused(cost):
 def test_memory_by_hand(cost):
     found = memory(paper, cost, 60.0)
     assert found["language model"] == 2 * 9_241_705_984
-    assert found["SAE weights"] == found["gradients"] == found["Adam"] / 2 == 4 * (WEIGHTS + BIASES)
+    assert found["SAE weights"] == found["gradients"] == found["Adam"] == 4 * (WEIGHTS + BIASES)
     assert found["activations"] == 6 * 4 * 4096 * 131_072 + 6 * 4 * 4096 * 2 * 3584
-    assert found["temporary"] == 2 * 4 * WEIGHTS / 2
+    assert found["temporary"] == 0
+    clipped = memory(replace(paper, clip=3.0), cost, 60.0)
+    assert clipped["Adam"] == 2 * found["Adam"]
+    assert clipped["temporary"] == 2 * 4 * WEIGHTS / 2
     assert plan(paper, cost).fits
     shared = memory(paper, cost, 60.0, shards=8)
     assert shared["Adam"] == pytest.approx(found["Adam"] / 8, rel=1e-4)
     assert shared["language model"] == found["language model"]
     parted = memory(paper, cost, 60.0, groups=8)
-    assert parted["Adam"] == found["Adam"]
+    assert parted["Adam"] == 2 * found["Adam"], "gradients that are averaged must be whole"
     assert parted["activations"] == found["activations"] / 8
 
 

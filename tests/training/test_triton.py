@@ -1,4 +1,4 @@
-"""Training on the Triton kernels: every objective's gradients to 1e-10, as on PyTorch's operations, and whole trainings.
+"""Training on the Triton kernels: every objective's gradients to 1e-10, as on PyTorch's operations; whole trainings.
 
 On a GPU, or where there is none in the interpreter.
 """
