@@ -72,8 +72,9 @@ class JumpReLU(Objective):
         acts = jump(code.pre, at, self.bandwidth, self.kernel)
         minimised, error = nested_error(sae, code, acts, batch, self.prefixes)
         coefficient = self.coefficient(batch.step)
-        penalty = self.penalty(code, step(code.pre, at, self.bandwidth, self.kernel), batch)
-        l0, fired = firings(code, code.pre.detach() > at.detach(), batch)
+        active = step(code.pre, at, self.bandwidth, self.kernel)
+        penalty = self.penalty(code, active, batch)
+        l0, fired = firings(code, active.detach(), batch)
         return Loss(total=minimised + coefficient * penalty, reconstruction=error.detach(), l0=l0, fired=fired,
                     coefficient=coefficient)
 
