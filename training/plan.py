@@ -271,9 +271,8 @@ def _assumptions(p: Plan) -> str:
         f"{m.bandwidth_share:.0%} of {m.bandwidth / 1e12:.2f} TB/s; all-reduce at {m.link / 1e9:.0f} GB/s; L0 "
         f"{p.l0:g}, and {HELD:g} pairs held for each that is active; every step in the sparse form. Steps are dense "
         f"while more than {dense_from('cuda', p.recipe.bf16):.1%} of the pairs are held, as at the start of a training "
-        f"from low thresholds. On several GPUs --shards of them share the features and exchange their rows; the language "
-        f"model is whole on "
-        f"each.", 100)
+        f"from low thresholds. On several GPUs --shards of them share the features and exchange their rows; the "
+        f"language model is whole on each.", 100)
 
 
 def _hours(value: float) -> str:
