@@ -118,8 +118,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
-        self._check_width(x, self.d_in)
-        return kernels.linear(x.reshape(-1, self.d_in), self.W_enc.T, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
+        return _shaped(kernels.linear(self._rows(x, self.d_in), self.W_enc.T, self.b_enc), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
@@ -139,8 +138,7 @@ class SAE(nn.Module):
 
         (n, d_sae) is never held; TopK compares all features of a token, and takes its tokens in slices.
         """
-        self._check_width(x, self.d_in)
-        flat = x.reshape(-1, self.d_in)
+        flat = self._rows(x, self.d_in)
         if self.threshold is not None:
             return kernels.encode_sparse(flat, self.W_enc.T, self.b_enc, self.threshold)
         assert self.k is not None
@@ -148,14 +146,11 @@ class SAE(nn.Module):
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
-        self._check_width(acts, self.d_sae)
-        flat = acts.reshape(-1, self.d_sae)
+        rows = self._rows(acts, self.d_sae)
         if torch.is_grad_enabled() and self._wants_grad(acts):
             dtype = kernels.wide(acts, self.W_dec)
-            x_hat = flat.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype)
-        else:
-            x_hat = kernels.decode(flat, self.W_dec, self.b_dec)
-        return x_hat.reshape(*acts.shape[:-1], self.d_out)
+            return _shaped(rows.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype), acts)
+        return _shaped(kernels.decode(rows, self.W_dec, self.b_dec), acts)
 
     def skip(self, x: Tensor) -> Tensor | float:
         """What an affine skip adds to the reconstruction of x (..., d_in): (..., d_out), or 0.0 without one."""
@@ -166,13 +161,12 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        self._check_width(x, self.d_in)
         if self.threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
             x_hat = self.decode(self.encode(x))
         else:
-            flat = x.reshape(-1, self.d_in)
-            x_hat = kernels.reconstruct(flat, self.W_enc.T, self.b_enc, self.threshold, self.W_dec, self.b_dec)
-            x_hat = x_hat.reshape(*x.shape[:-1], self.d_out)
+            W_enc, W_dec = self.W_enc.T, self.W_dec
+            rows = self._rows(x, W_enc.shape[1])
+            x_hat = _shaped(kernels.reconstruct(rows, W_enc, self.b_enc, self.threshold, W_dec, self.b_dec), x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
         return kernels.cast(x_hat, x.dtype)
@@ -213,10 +207,17 @@ class SAE(nn.Module):
     def _wants_grad(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.parameters())
 
-    def _check_width(self, x: Tensor, width: int) -> None:
+    def _rows(self, x: Tensor, width: int) -> Tensor:
+        """x (..., width) as (n, width)."""
         if x.shape[-1] != width:
             what = "features" if width == self.d_sae else "activations"
             raise SaeMismatchError(f"the SAE at {self.site!r} takes {what} of width {width}, got {tuple(x.shape)}")
+        return x if x.ndim == 2 else x.reshape(-1, width)
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """rows (n, width) as (..., width), with the leading sizes of another tensor."""
+    return rows if like.ndim == 2 else rows.reshape(*like.shape[:-1], rows.shape[-1])
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -14,7 +14,7 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
 FEW_MARKS = 2**14  # up to which torch's own search is the quicker one
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
-SMALL, GPU_SMALL = 2**22, 2**27  # products of one decoding up to which the dense one is, whatever is active
+SMALL, GPU_SMALL = 2**23, 2**27  # products of one decoding up to which the dense one is, whatever is active
 
 
 @traceable("(Tensor x, Tensor W_rows, Tensor bias, Tensor threshold) -> (Tensor, Tensor, Tensor)", fake_csr)
@@ -80,6 +80,9 @@ def reconstruct(
     if len(x) * W_dec.numel() < _small(x):
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
+    if is_one_tile(x, len(W_rows)):
+        part = _sparse_or_dense(x, W_rows, bias, threshold)
+        return _dense(b_dec, part, W_dec) if isinstance(part, Tensor) else _sums(part, len(x), W_dec).add_(b_dec)
     out = b_dec.repeat(len(x), 1)
     for t in token_tiles(x):
         sparse = []
@@ -90,7 +93,7 @@ def reconstruct(
             else:
                 sparse.append(_moved(part, 0, f.start))
         if sparse:
-            out[t] += weighted_sums(*_compressed(_by_row(sparse, bias), len(out[t])), W_dec)
+            out[t] += _sums(_by_row(sparse, bias), t.stop - t.start, W_dec)
     return out
 
 
@@ -108,7 +111,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         if _is_much(_count(active), part, part.numel()):
             out[t] = _dense(out[t], part, W_dec)
         else:
-            out[t] += weighted_sums(*_compressed(_marked(part, active), len(part)), W_dec)
+            out[t] += _sums(_marked(part, active), len(part), W_dec)
     return out
 
 
@@ -186,6 +189,11 @@ def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
         with torch.autocast(acts.device.type, enabled=False):
             return _dense(out, acts, W_dec)
     return torch.addmm(out, acts, cast(W_dec, acts.dtype))
+
+
+def _sums(found: Triplets, n: int, W_dec: Tensor) -> Tensor:
+    """What n rows with these entries are decoded to, without b_dec."""
+    return weighted_sums(*_compressed(found, n), W_dec)
 
 
 def _moved(found: Triplets, rows: int, columns: int) -> Triplets:
