@@ -258,7 +258,11 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (acts, W_dec), pairs = ctx.saved_tensors, ctx.pairs
-        to_acts = dots(pairs.rows_start, pairs.rows, pairs.features, grad, W_dec) if ctx.needs_input_grad[0] else None
+        to_acts = None
+        if ctx.needs_input_grad[0]:  # by feature: the rows that lie apart are grad's, which a cache holds sooner
+            order, rows, starts = pairs.by_feature
+            to_acts = torch.empty_like(acts)
+            to_acts[order] = dots(starts, pairs.features[order], rows, W_dec, grad)
         return to_acts, _to_rows("W_dec", pairs, acts, grad) if ctx.needs_input_grad[1] else None, None
 
 

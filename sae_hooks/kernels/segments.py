@@ -13,6 +13,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,13 +21,17 @@ from torch.nn import functional as F
 from .tiles import cast, wide
 
 TRITON_ON = ("cuda",)  # kinds of device
+MOST_KEPT = 0.9  # share of entries from which leaving out the others is not worth it
 
 
 def triton_for(*tensors: Tensor) -> ModuleType | None:
     """The Triton kernels, of the functions' names below, and `above`: where they run on the tensors' device, and no
     gradient is asked for, which they don't give."""
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _triton() if tensors[0].device.type in TRITON_ON and not asked else None
+    return _triton() if tensors[0].device.type in TRITON_ON and not _wants_gradient(*tensors) else None
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 @cache
@@ -53,13 +58,25 @@ def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -
         summed: Tensor = triton.weighted_sums(starts, ids, weights, table)
         return summed
     dtype = wide(weights, table)
+    weights = cast(weights, dtype)
+    if table.device.type == "cpu" and not _wants_gradient(weights, table):
+        starts, ids, weights = _without_zeros(starts, ids, weights)
     if len(ids) == 0:
         return torch.zeros(len(starts) - 1, table.shape[1], dtype=dtype, device=table.device)
     if table.dtype != dtype:  # widen only the rows that are taken
         used, ids = torch.unique(ids, return_inverse=True)
         table, ids = table[used].to(dtype), ids.to(starts.dtype)
-    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=cast(weights, dtype),
+    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=weights,
                            include_last_offset=True)
+
+
+def _without_zeros(starts: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same segments without entries of weight 0, where these are many: in training, pairs next to the threshold."""
+    kept = np.flatnonzero(weights.detach().numpy())
+    if len(kept) > MOST_KEPT * len(weights):
+        return starts, ids, weights
+    at = torch.from_numpy(kept)
+    return torch.searchsorted(at, starts.long()).to(starts.dtype), ids[at], weights[at]
 
 
 def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def _sparse_or_dense(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -
         if not _is_much(len(found[0]), bias, len(x) * len(rows)):
             return found
     pre = affine(x, rows, bias)
-    above = pre > threshold
+    above = _exceeding(pre, threshold)
     return pre.mul_(above) if _is_much(_count(above), pre, pre.numel()) else _above(pre, threshold)
 
 
@@ -153,7 +153,14 @@ def _above(pre: Tensor, threshold: Tensor) -> Triplets:
     if (triton := triton_for(pre)) is not None:
         found: Triplets = triton.above(pre, threshold)
         return found
-    return _marked(pre, pre > threshold)
+    return _marked(pre, _exceeding(pre, threshold))
+
+
+def _exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
+    """Marks of what is above in pre (tokens, features)."""
+    if pre.numel() <= FEW_MARKS or not _on_cpu(pre):
+        return pre > threshold
+    return torch.from_numpy(pre.detach().numpy() > threshold.detach().numpy())  # in half of torch's time
 
 
 def _on_cpu(t: Tensor) -> bool:

@@ -1,0 +1,113 @@
+"""How quick sae_hooks is on a CPU, beside dense PyTorch and beside other libraries, and how much memory it takes.
+
+    python benchmarks/speed.py [--only step encode ...] [--seconds 3] [--no-peers] [--record]
+
+Times are CPU time of one thread: medians over rounds in which every way has its turn, and ratios are medians of the
+rounds' ratios. Weights, data and thresholds are the same for all ways, random (Gaussian activations, unit-norm
+features that fire as often as their rank to the power -0.8); before it is timed each way has shown that it computes
+what plain dense PyTorch computes. Dense ways are taken in the variant that is quickest here: layout of W_enc, how the
+gate is written, tokens at once. A target stands beside what it is for; `met` or `MISSED`.
+
+step    a training step at L0 60, where the window of the straight-through gradient makes twice as many pairs (token,
+        feature) count; with malloc as it comes and with malloc told to keep its pages. Every way runs in a process of
+        its own. "/ product": over the encoder's product x @ W_enc alone, which no way can do without, into memory that
+        stays; "/ (a)", "/ (b)": over ours without and with what Learner.update does besides. Targets beside dense are
+        for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py.
+        Peers' environments are made on the first run, in the folder --environments (4 GB).
+encode  SAE.encode_sparse; csr: pre = x W_enc + b; acts = pre * (pre > threshold); acts.to_sparse_csr(); nonzero: the
+        same with nonzero and take.
+splice  sae(x); dense: the same acts, acts W_dec + b_dec.
+decode  both of few tokens, as in a decoding step.
+memory  MiB that a process has at its peak above parameters, activations and, in the training step, gradients, which
+        count as parameters. Without Adam, which makes no buffers.
+sweep   ours/dense over sizes and shares of active features; what is above 1.05 is measured again, three times as
+        long, and listed if it stays so. Training: objective and backward, beside plain dense autograd.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import speed_parts
+import torch
+from speed_workers import ENVIRONMENTS, PEERS
+
+RESULT = Path(__file__).parent / "results/speed.txt"
+PARTS = ("step", "encode", "splice", "decode", "memory", "sweep")
+
+
+def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]:
+    """What makes each part's lines."""
+    seconds, peers = options.seconds, [] if options.no_peers else list(PEERS)
+
+    def sweeps() -> Iterator[str]:
+        yield from speed_parts.sweep(seconds)
+        yield from speed_parts.sweep_steps(seconds)
+
+    return {"step": lambda: speed_parts.step(10 * seconds, peers, options.environments, options.large),
+            "encode": lambda: speed_parts.encode(seconds), "splice": lambda: speed_parts.splice(seconds),
+            "decode": lambda: speed_parts.decode(seconds), "memory": speed_parts.memory, "sweep": sweeps}
+
+
+def lines(options: argparse.Namespace) -> Iterator[str]:
+    """All that is printed."""
+    yield " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    yield machine(options)
+    for name, part in parts(options).items():
+        if name in options.only:
+            start = time.monotonic()
+            yield f"\n=== {name}; load average {os.getloadavg()[0]:.1f}"
+            yield from part()
+            yield f"({time.monotonic() - start:.0f} s)"
+
+
+def machine(options: argparse.Namespace) -> str:
+    """What was measured, on what."""
+    malloc = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))]
+    peers = "no peers" if options.no_peers else ", ".join(PEERS.values())
+    return (f"{os.cpu_count()}-core CPU ({processor()}, {torch.backends.cpu.get_cpu_capability()}), one thread; Python "
+            f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {peers}; "
+            f"{platform.libc_ver()[0]}'s malloc {' '.join(malloc) or 'as it comes'}, where not said otherwise")
+
+
+def processor() -> str:
+    """Its name, as far as the system tells."""
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Print the tables, and keep them where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts (default: all)")
+    parser.add_argument("--seconds", type=float, default=3.0,
+                        help="CPU time of a case, about (a training step: ten times that; five rounds at least)")
+    parser.add_argument("--no-peers", action="store_true", help="without other libraries")
+    parser.add_argument("--large", action="store_true", help="training steps at (768, 16384), too: half an hour")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help=f"peers' folder ({ENVIRONMENTS})")
+    parser.add_argument("--record", action="store_true", help=f"write what is printed to {RESULT.name}, too")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = []
+    for line in lines(options):
+        print(line, flush=True)
+        found.append(line)
+    if options.record:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text("\n".join(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
