@@ -8,8 +8,8 @@ features that fire as often as their rank to the power -0.8); before it is timed
 what plain dense PyTorch computes. Dense ways are taken in the variant that is quickest here: layout of W_enc, how the
 gate is written, tokens at once. A target stands beside what it is for; `met` or `MISSED`.
 
-step    a training step at L0 60, where the window of the straight-through gradient makes twice as many pairs (token,
-        feature) count; with malloc as it comes and with malloc told to keep its pages. Every way runs in a process of
+step    a training step at L0 60, where the window of the straight-through gradient makes a tenth more pairs (token,
+        feature) count, and twice as many; with malloc as it comes and with malloc told to keep its pages. Every way runs in a process of
         its own. "/ product": over the encoder's product x @ W_enc alone, which no way can do without, into memory that
         stays; "/ (a)", "/ (b)": over ours without and with what Learner.update does besides. Targets beside dense are
         for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py.

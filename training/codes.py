@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import GPU_TOKENS, dots, find_above, starts_of, weighted_sums
+from sae_hooks.kernels import GPU_TOKENS, dots, find_above, stable_order, starts_of, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -92,7 +92,7 @@ class Pairs:
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """(order, rows, starts): the order that sorts by feature, the tokens in it, where each feature starts. Sorted,
         each row of a weight's gradient is written once."""
-        order = torch.sort(self.features, stable=True).indices
+        order = stable_order(self.features, self.d_sae)
         return order, self.rows[order], starts_of(self.features, self.d_sae)
 
 

@@ -3,7 +3,7 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .segments import adam_rows, dots, starts_of, weighted_sums
+from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
 from .tiles import GPU_TOKENS, cast, linear, wide
 from .torch_ops import (
     Csr,
@@ -30,6 +30,7 @@ __all__ = [
     "linear",
     "nonzero_csr",
     "reconstruct",
+    "stable_order",
     "starts_of",
     "weighted_sums",
     "wide",

@@ -51,6 +51,13 @@ def starts_of(ids: Tensor, n: int) -> Tensor:
     return starts
 
 
+def stable_order(ids: Tensor, n: int) -> Tensor:
+    """The order (entries), int64, that sorts ids, all below n, and leaves equal ones as they are."""
+    if ids.device.type == "cpu" and n <= 2**16:  # numpy sorts such numbers by their bytes, in a tenth of the time
+        return torch.from_numpy(np.argsort(ids.numpy().astype(np.uint16), kind="stable"))
+    return torch.sort(ids, stable=True).indices
+
+
 def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     """Row i (n, d): the sum of weights[j] * table[ids[j]] over segment i. weights (entries), table (m, d) of any dtype;
     the result is float32 or float64, as `wide` has it."""

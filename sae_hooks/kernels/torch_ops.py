@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
-from .segments import triton_for, weighted_sums
+from .segments import stable_order, triton_for, weighted_sums
 from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, slices, token_tiles, wide
 
 Csr = tuple[Tensor, Tensor, Tensor]
@@ -49,7 +49,7 @@ def find_above(
             _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply), 0, f.start)
             for f in feature_tiles(x[t], len(W_rows))
         ]
-        found.append(_moved(_by_row(parts, bias), t.start, 0))
+        found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
 
 
@@ -93,7 +93,7 @@ def reconstruct(
             else:
                 sparse.append(_moved(part, 0, f.start))
         if sparse:
-            out[t] += _sums(_by_row(sparse, bias), t.stop - t.start, W_dec)
+            out[t] += _sums(_by_row(sparse, t.stop - t.start, bias), t.stop - t.start, W_dec)
     return out
 
 
@@ -208,12 +208,12 @@ def _moved(found: Triplets, rows: int, columns: int) -> Triplets:
     return (found[0] + rows if rows else found[0]), (found[1] + columns if columns else found[1]), found[2]
 
 
-def _by_row(parts: list[Triplets], like: Tensor) -> Triplets:
-    """The entries of tiles of the same tokens, by row, then by column."""
+def _by_row(parts: list[Triplets], n: int, like: Tensor) -> Triplets:
+    """The entries of tiles of the same n tokens, by row, then by column."""
     rows, columns, values = _joined(parts, like)
     if len(parts) > 1:
-        rows, order = torch.sort(rows, stable=True)  # half a percent of the products' time
-        columns, values = columns[order], values[order]
+        order = stable_order(rows, n)
+        rows, columns, values = rows[order], columns[order], values[order]
     return rows, columns, values
 
 
