@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest bench wheel clean clean-all
+.PHONY: help demo test lint pytest bench speed wheel clean clean-all
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ pytest: $(READY)  ## the tests alone; TESTS=... picks some, JOBS=0 runs them in 
 
 bench: $(READY)  ## what hooks and edits cost, as ratios beside a bare hook
 	@for name in hook_cost compare_saelens; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+speed: $(READY)  ## beside dense code, SAELens, dictionary_learning, sparsify (an hour; 4 GB of their environments)
+	$(BIN)/python benchmarks/speed.py
 
 wheel: $(READY)  ## the sdist and, built from it, the wheel, in dist/
 	rm -rf build dist

@@ -9,7 +9,7 @@ what plain dense PyTorch computes. Dense ways are taken in the variant that is q
 gate is written, tokens at once. A target stands beside what it is for; `met` or `MISSED`.
 
 step    a training step at L0 60, where the window of the straight-through gradient makes a tenth more pairs (token,
-        feature) count, and twice as many; with malloc as it comes and with malloc told to keep its pages. Every way runs in a process of
+        feature) count, and twice as many; with malloc as it comes and told to keep its pages. Every way is a process of
         its own. "/ product": over the encoder's product x @ W_enc alone, which no way can do without, into memory that
         stays; "/ (a)", "/ (b)": over ours without and with what Learner.update does besides. Targets beside dense are
         for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py.

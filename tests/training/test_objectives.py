@@ -243,3 +243,12 @@ def test_published_thresholds_start_where_the_objective_says() -> None:
         gate = replace(objective, threshold=0.125).gate(5)
 
         assert torch.equal(gate["threshold"], torch.full((5,), 0.125))
+
+
+@each_form
+@each_case
+def test_a_step_done_again_gives_the_same_bits(name: str, form: str) -> None:
+    at = world(batch=513, d_in=4, d_sae=31, seed=6)
+    (loss, found), (again, same) = (run(CASES[name], at, form) for _ in range(2))
+    assert torch.equal(loss.total, again.total)
+    assert all(torch.equal(found[key], same[key]) for key in found)
