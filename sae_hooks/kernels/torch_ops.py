@@ -145,15 +145,15 @@ def _sparse_or_dense(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -
             return found
     pre = affine(x, rows, bias)
     above = _exceeding(pre, threshold)
-    return pre.mul_(above) if _is_much(_count(above), pre, pre.numel()) else _above(pre, threshold)
+    return pre.mul_(above) if _is_much(_count(above), pre, pre.numel()) else _above(pre, threshold, above)
 
 
-def _above(pre: Tensor, threshold: Tensor) -> Triplets:
-    """(rows, columns, values) of what is above in pre (tokens, features)."""
+def _above(pre: Tensor, threshold: Tensor, marks: Tensor | None = None) -> Triplets:
+    """(rows, columns, values) of what is above in pre (tokens, features); marks: of those, if they are known."""
     if (triton := triton_for(pre)) is not None:
         found: Triplets = triton.above(pre, threshold)
         return found
-    return _marked(pre, _exceeding(pre, threshold))
+    return _marked(pre, _exceeding(pre, threshold) if marks is None else marks)
 
 
 def _exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
