@@ -182,9 +182,7 @@ def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
 
 @torch.no_grad()
 def _found(x: Tensor, encoder: Encoder, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found = find_above(x, encoder.W_enc.t(), encoder.bias(), floor, multiply=_multiplied_in(x))
-    assert found is not None
-    return found
+    return find_above(x, encoder.W_enc.t(), encoder.bias(), floor, multiply=_multiplied_in(x))
 
 
 @torch.no_grad()
