@@ -14,7 +14,8 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
 FEW_MARKS = 2**14  # up to which torch's own search is the quicker one
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
-SMALL, GPU_SMALL = 2**23, 2**27  # products of one decoding up to which the dense one is, whatever is active
+SMALL, GPU_SMALL = 2**23, 2**30  # products of one decoding up to which the dense one is, whatever is active ...
+LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
 
 
 @traceable("(Tensor x, Tensor W_rows, Tensor bias, Tensor threshold) -> (Tensor, Tensor, Tensor)", fake_csr)
@@ -77,7 +78,7 @@ def reconstruct(
     """
     dtype = wide(x, W_rows)
     x, bias, b_dec = ready(x, W_rows), cast(bias, dtype), cast(b_dec, dtype)
-    if len(x) * W_dec.numel() < _small(x):
+    if _is_little(x, W_dec):
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, len(W_rows)):
@@ -102,7 +103,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """x_hat (n, d_out), float32 or wider, of acts (n, d_sae): by the rows of the active features, or by a dense product
     where that is the quicker way. No gradients."""
     dtype = wide(acts, W_dec)
-    if len(acts) * W_dec.numel() < _small(acts):
+    if _is_little(acts, W_dec):
         return _dense(cast(b_dec, dtype), cast(acts, dtype), W_dec)
     out = cast(b_dec, dtype).repeat(len(acts), 1)
     for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
@@ -167,8 +168,9 @@ def _on_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def _small(t: Tensor) -> int:
-    return SMALL if _on_cpu(t) else GPU_SMALL
+def _is_little(x: Tensor, W_dec: Tensor) -> bool:
+    """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first."""
+    return max(len(x), LEAST) * W_dec.numel() < (SMALL if _on_cpu(x) else GPU_SMALL)
 
 
 def _count(marks: Tensor) -> int:
