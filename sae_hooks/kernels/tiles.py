@@ -15,8 +15,8 @@ from torch.nn import functional as F
 CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
 FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
-HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)
 LARGE = 2**20  # ... where the rows are too many numbers for the caches next to a core
+HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
 
 def wide(x: Tensor, weights: Tensor) -> torch.dtype:
