@@ -112,6 +112,7 @@ def test_above_finds_everything_and_single_entries_in_blocks_of_nothing():
     assert check_above(pre, torch.zeros(4000)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # the interpreter's numpy
 def test_above_is_strict_and_nan_is_above_nothing():
     inf, nan = torch.inf, torch.nan
     pre = torch.tensor([[0.0, 1.0, nan, inf, -inf, -0.0], [1e-45, nan, -1.0, -inf, inf, 2.0]])
