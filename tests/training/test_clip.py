@@ -26,8 +26,8 @@ def batches(outlier: int | None = None):
 def lengths(learner, found):
     """(length of W_enc's gradient as Adam sees it, what was usual before), a step each."""
     seen, usual = [], []
-    before = learner._before_step
-    learner._before_step = lambda: (seen.append(float(learner.sae.W_enc.grad.norm())), before())
+    move = learner._move
+    learner._move = lambda *args: (seen.append(float(learner.sae.W_enc.grad.norm())), move(*args))
     learner.start(found[0])
     for step, rows in enumerate(found):
         usual.append(float(learner.usual[0]))
