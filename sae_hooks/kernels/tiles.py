@@ -82,7 +82,8 @@ def half_product(x: Tensor, rows: Tensor) -> Tensor:
 def ready(x: Tensor, W_rows: Tensor) -> Tensor:
     """x in the dtype to compute in, or as it is, where it and the weights are of one half dtype and `half_product` is
     the quicker one, on GPUs."""
-    if x.device.type in HALVES_ON and x.dtype == W_rows.dtype and x.dtype in HALVES and not x.requires_grad:
+    asked = torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)  # which half_product may not give
+    if x.device.type in HALVES_ON and x.dtype == W_rows.dtype and x.dtype in HALVES and not asked:
         return x
     return cast(x, wide(x, W_rows))
 

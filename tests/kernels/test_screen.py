@@ -106,3 +106,5 @@ def test_halves_are_multiplied_as_they_are_on_gpus(monkeypatch):
         assert plain is None or torch.equal(ours, plain)
     torch.testing.assert_close(kernels.linear(low, W_rows, bias).double(), pre, rtol=1e-4, atol=1e-4)
     assert kernels.linear(low, W_rows, bias).dtype == torch.float32
+    assert tiles.ready(low, W_rows).dtype == torch.bfloat16
+    assert tiles.ready(low, W_rows.clone().requires_grad_()).dtype == torch.float32, "gradients go the wide way"
