@@ -312,15 +312,23 @@ def our_update(data: Data, k: int | None = None) -> Step:
 
 
 def with_adam(step: Step) -> Call:
-    """Gradients, and then a step of fused Adam."""
+    """Gradients, and then a step of fused Adam, which copies what is transposed and so is given it as it lies."""
     leaves, backward = step
-    optimizer = torch.optim.Adam(leaves.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
+    moved = {name: as_it_lies(leaf.detach()) for name, leaf in leaves.items()}
+    optimizer = torch.optim.Adam(moved.values(), lr=LEARNING_RATE, betas=BETAS, fused=True)
 
     def whole() -> None:
         backward()
+        for name, t in moved.items():
+            t.grad = as_it_lies(leaves[name].grad)
         optimizer.step()
 
     return whole
+
+
+def as_it_lies(t: Tensor) -> Tensor:
+    """A matrix, or its transpose, which has the features first."""
+    return t if t.is_contiguous() else t.t()
 
 
 def gradients(step: Step) -> dict[str, Tensor]:

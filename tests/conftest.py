@@ -64,3 +64,26 @@ def random_model():
 def random_sae():
     """random_sae(d_in, d_sae, site, seed=0, ...): a SAE of which a tenth fires (tiny_models.py)."""
     return make_sae
+
+
+@pytest.fixture
+def nothing_compiled():
+    """torch.compile starts anew, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs():
+    """The graphs compiled so far by `backend`."""
+    return []
+
+
+@pytest.fixture
+def backend(graphs):
+    """A backend for torch.compile that runs each graph as it was traced."""
+    def counting(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+    return counting

@@ -93,7 +93,7 @@ class Pairs:
         """(order, rows, starts): the order that sorts by feature, the tokens in it, where each feature starts. Sorted,
         each row of a weight's gradient is written once."""
         order = stable_order(self.features, self.d_sae)
-        return order, self.rows[order], starts_of(self.features, self.d_sae)
+        return order, self.rows.index_select(0, order), starts_of(self.features, self.d_sae)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Pairs:
         pre = _product(part, W_enc, bias)
         at = choose(pre)
         rows = torch.div(at, d_sae, rounding_mode="floor")
-        found.append((rows + start, at - rows * d_sae, pre.view(-1).take(at)))
+        found.append((rows + start, at - rows * d_sae, pre.view(-1).index_select(0, at)))
     rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
     return _pairs((rows, features, values), len(x), d_sae, encoder.factors)
 
@@ -259,8 +259,8 @@ class _Decode(torch.autograd.Function):
         to_acts = None
         if ctx.needs_input_grad[0]:  # by feature: the rows that lie apart are grad's, which a cache holds sooner
             order, rows, starts = pairs.by_feature
-            to_acts = torch.empty_like(acts)
-            to_acts[order] = dots(starts, pairs.features[order], rows, W_dec, grad)
+            features = pairs.features.index_select(0, order)
+            to_acts = torch.empty_like(acts).scatter_(0, order, dots(starts, features, rows, W_dec, grad))
         return to_acts, _to_rows("W_dec", pairs, acts, grad) if ctx.needs_input_grad[1] else None, None
 
 
@@ -268,7 +268,7 @@ def _to_rows(name: str, pairs: Pairs, weights: Tensor, table: Tensor) -> Tensor 
     """The gradient (d_sae, d) whose row i is the sum of the weight times the token's row of table (batch, d) over the
     pairs of feature i; None, and its factors where they go, if somebody wants those."""
     order, rows, starts = pairs.by_feature
-    factor = Factor(starts, rows, weights[order], table.contiguous())
+    factor = Factor(starts, rows, weights.index_select(0, order), table.contiguous())
     if pairs.factors is None:
         return weighted_sums(*factor)
     pairs.factors.setdefault(name, []).append(factor)

@@ -18,7 +18,7 @@ from sae_hooks.sae import SAE
 from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import like
-from .parallel import ALONE, REPLICATED, USUAL, Parallel
+from .parallel import ALONE, REPLICATED, USUAL, Parallel, feature_first
 from .row_adam import ROWS_ON, RowAdam
 
 BLOCK = 2**17  # numbers of a matrix that a CPU's cache holds from one pass to the next
@@ -111,9 +111,10 @@ class Learner:
         self.trained = self._trained()
         self.usual = torch.zeros(len(self._leaves()), dtype=torch.float64, device=device)  # lengths of the gradients
         self.rows = self._row_adam()
-        self.optimizer = torch.optim.Adam([leaf for name, leaf in self.trained.items() if name not in self._by_rows],
-                                          lr=trainee.learning_rate, betas=trainee.betas, eps=trainee.adam_eps,
-                                          fused=True)
+        self.moved = {name: feature_first(name, leaf.detach()) for name, leaf in self.trained.items()
+                      if name not in self._by_rows}  # as they lie in memory: else fused Adam copies W_enc's gradient
+        self.optimizer = torch.optim.Adam(self.moved.values(), lr=trainee.learning_rate, betas=trainee.betas,
+                                          eps=trainee.adam_eps, fused=True)
 
     def _trained(self) -> dict[str, Tensor]:
         """{name: leaf} of what Adam moves."""
@@ -245,12 +246,16 @@ class Learner:
             self.trained["log_threshold"].grad = sae.threshold.grad * sae.threshold
             sae.threshold.grad = None
         if self.rows:
-            to_enc = None if sae.W_enc.grad is None else sae.W_enc.grad.T
-            dense = {"W_enc": to_enc, "W_dec": sae.W_dec.grad}
+            dense = {name: None if (grad := self.trained[name].grad) is None else feature_first(name, grad)
+                     for name in self.rows.weights}
             self.rows.step(batch.factors or {}, dense, rate, ["W_dec"] if unit else [])
         elif unit:
             project_decoder_gradient(sae)
+        for name, moved in self.moved.items():
+            grad = self.trained[name].grad
+            moved.grad = None if grad is None else feature_first(name, grad)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         if unit and not self.rows:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         if sae.threshold is not None:
@@ -281,12 +286,13 @@ class Learner:
         found[USUAL] = self.usual
         if "log_threshold" in self.trained:
             found["log_threshold"] = self.trained["log_threshold"].detach()
-        for name, leaf in self.trained.items():
-            found |= {f"adam.{name}.{key}": t for key, t in self.optimizer.state.get(leaf, {}).items()}
+        for name, moved in self.moved.items():
+            found |= {f"adam.{name}.{key}": feature_first(name, t)
+                      for key, t in self.optimizer.state.get(moved, {}).items()}
         if self.rows:
             for name, square in self.rows.moments().items():
-                moment = square.T if name == "W_enc" else square
-                found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps)), f"adam.{name}.exp_avg_sq": moment}
+                found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps)),
+                          f"adam.{name}.exp_avg_sq": feature_first(name, square)}
         return found
 
     def _check_finite(self) -> None:
@@ -308,12 +314,13 @@ class Learner:
         for name, leaf in self.trained.items():
             if name == "log_threshold":
                 leaf.copy_(state[name])
-            if f"adam.{name}.step" in state and name not in self._by_rows:
-                self.optimizer.state[leaf] = {"step": state[f"adam.{name}.step"].to(leaf.device)} | {
-                    key: torch.zeros_like(leaf).copy_(state.get(f"adam.{name}.{key}", torch.zeros(())))
-                    for key in ("exp_avg", "exp_avg_sq")}
+            if f"adam.{name}.step" in state and name in self.moved:
+                moved = self.moved[name]
+                self.optimizer.state[moved] = {"step": state[f"adam.{name}.step"].to(leaf.device)} | {
+                    key: torch.zeros_like(moved).copy_(feature_first(
+                        name, state.get(f"adam.{name}.{key}", torch.zeros(())))) for key in ("exp_avg", "exp_avg_sq")}
         if self.rows and "adam.W_enc.step" in state:
-            moments = {"W_enc": state["adam.W_enc.exp_avg_sq"].T, "W_dec": state["adam.W_dec.exp_avg_sq"]}
+            moments = {name: feature_first(name, state[f"adam.{name}.exp_avg_sq"]) for name in self.rows.weights}
             self.rows.load(moments, int(state["adam.W_enc.step"]))
 
 

@@ -67,7 +67,8 @@ def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -
     dtype = wide(weights, table)
     weights = cast(weights, dtype)
     if table.device.type == "cpu" and not _wants_gradient(weights, table):
-        starts, ids, weights = _without_zeros(starts, ids, weights)
+        starts, ids, weights = _without_zeros(starts, ids, weights.detach())
+        table = table.detach()  # beside a tensor that wants gradients PyTorch prepares for a backward pass
     if len(ids) == 0:
         return torch.zeros(len(starts) - 1, table.shape[1], dtype=dtype, device=table.device)
     if table.dtype != dtype:  # widen only the rows that are taken
@@ -79,11 +80,12 @@ def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -
 
 def _without_zeros(starts: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same segments without entries of weight 0, where these are many: in training, pairs next to the threshold."""
-    kept = np.flatnonzero(weights.detach().numpy())
+    kept = np.flatnonzero(weights.numpy())
     if len(kept) > MOST_KEPT * len(weights):
         return starts, ids, weights
     at = torch.from_numpy(kept)
-    return torch.searchsorted(at, starts.long()).to(starts.dtype), ids[at], weights[at]
+    kept_starts = torch.searchsorted(at, starts.long()).to(starts.dtype)
+    return kept_starts, ids.index_select(0, at), weights.index_select(0, at)
 
 
 def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tensor) -> Tensor:

@@ -6,31 +6,12 @@ import torch
 from sae_hooks import SAE, kernels
 from sae_hooks.kernels import torch_ops
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 @pytest.fixture
 def sae(random_sae):
     return random_sae(16, 300, "model.layers.0.output")
-
-
-@pytest.fixture
-def graphs():
-    """The graphs compiled so far."""
-    return []
-
-
-@pytest.fixture
-def backend(graphs):
-    def counting(graph, inputs, **options):
-        graphs.append(graph)
-        return graph.forward
-    return counting
 
 
 def x_of(n, seed=0):

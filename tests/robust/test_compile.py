@@ -11,6 +11,7 @@ import torch
 
 from sae_hooks import SaeAttachError, SaeWarning, attach, attach_saes, detach_saes
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SITES = ("model.layers.1.output", "model.layers.0.self_attn.o_proj.input")
 INSIDE = ("model.layers.1.mlp.output", "model.layers.2.mlp.input", "model.layers.0.self_attn.o_proj.input",
           "model.layers.2.output")
@@ -26,28 +27,6 @@ def model(random_model):
 def three(random_model):
     """A Llama of 3 layers, with one between those that have a hook at a place."""
     return random_model("Llama")
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def graphs():
-    """The graphs compiled so far."""
-    return []
-
-
-@pytest.fixture
-def backend(graphs):
-    """A backend for torch.compile that runs each graph as it was traced."""
-    def counting(graph, inputs, **options):
-        graphs.append(graph)
-        return graph.forward
-    return counting
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from sae_hooks.training import CachedStream, Stream, TrainConfig, Trainee, load_
 from sae_hooks.training.learner import Learner
 from sae_hooks.training.objectives import Batch
 from sae_hooks.training.objectives.topk import largest_of_all
-from sae_hooks.training.parallel import Parallel, parallel
+from sae_hooks.training.parallel import Parallel, feature_first, parallel
 from sae_hooks.training.sharded import load_shards, save_shards
 
 CONFIG = TrainConfig(steps=6, batch_size=40, warmup=3, report_every=1, checkpoint_every=100)
@@ -84,6 +84,8 @@ def in_float64(trainee: Trainee, sites: Any, par: Parallel) -> Learner:
     learner.sae.double()
     for t in (*learner.extra.values(), *learner.trained.values()):
         t.data = t.data.double()
+    for name, t in learner.moved.items():
+        t.data = feature_first(name, learner.trained[name].data)
     return learner
 
 
