@@ -17,15 +17,15 @@ Kernel = Literal["rectangle", "triangle", "epanechnikov", "gaussian"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
-def density(u: Tensor, kernel: Kernel) -> Tensor:
-    """K(u), elementwise: an even density of integral 1. The rectangle is 1 for |u| < 1/2."""
+def density_(u: Tensor, kernel: Kernel) -> Tensor:
+    """K(u), elementwise, in u's place: an even density of integral 1. The rectangle is 1 for |u| < 1/2."""
     if kernel == "rectangle":
-        return (u.abs() < 0.5).to(u.dtype)
+        return u.abs_().lt_(0.5)
     if kernel == "triangle":
-        return (1 - u.abs()).clamp(min=0)
+        return u.abs_().neg_().add_(1).clamp_(min=0)
     if kernel == "epanechnikov":
-        return 0.75 * (1 - u.square()).clamp(min=0)
-    return torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
+        return u.square_().neg_().add_(1).clamp_(min=0).mul_(0.75)
+    return u.square_().mul_(-0.5).exp_().mul_((2 * math.pi) ** -0.5)
 
 
 def support(kernel: Kernel) -> float:
@@ -33,49 +33,44 @@ def support(kernel: Kernel) -> float:
     return {"rectangle": 0.5, "triangle": 1.0, "epanechnikov": 1.0, "gaussian": math.inf}[kernel]
 
 
-class _Jump(torch.autograd.Function):
+class _JumpAndStep(torch.autograd.Function):
+    """Both at once: they share the mask and, in the backward pass, the kernel. In place where it can be, for in the
+    dense form each tensor has an entry a feature and token."""
+
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel, to_pre: bool) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel,
+                to_pre: bool) -> tuple[Tensor, Tensor]:
+        active = (pre > threshold).to(pre.dtype)
+        ctx.save_for_backward(pre, threshold, active)
+        ctx.set_materialize_grads(False)
         ctx.bandwidth, ctx.kernel, ctx.to_pre = bandwidth, kernel, to_pre
-        return pre * (pre > threshold)
+        return pre * active, active
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        pre, threshold = ctx.saved_tensors
-        at_jump = grad * threshold / ctx.bandwidth * density((pre - threshold) / ctx.bandwidth, ctx.kernel)
-        to_pre = grad * (pre > threshold)
-        return to_pre + at_jump if ctx.to_pre else to_pre, -at_jump, None, None, None
+    def backward(ctx: Any, to_acts: Tensor | None,
+                 to_active: Tensor | None) -> tuple[Tensor | None, Tensor, None, None, None]:
+        pre, threshold, active = ctx.saved_tensors
+        heights = density_((pre - threshold).div_(ctx.bandwidth), ctx.kernel)
+        if to_acts is None:
+            assert to_active is not None
+            return None, heights.mul_(to_active).div_(-ctx.bandwidth), None, None, None
+        to_pre, to_step = to_acts * active, to_acts * threshold
+        if ctx.to_pre:
+            to_pre.addcmul_(to_step, heights, value=1 / ctx.bandwidth)
+        if to_active is not None:
+            to_step += to_active
+        return to_pre, to_step.mul_(heights).div_(-ctx.bandwidth), None, None, None
 
 
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth, ctx.kernel = bandwidth, kernel
-        return (pre > threshold).to(pre.dtype)
+def jump_and_step(pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel = "rectangle",
+                  to_pre: bool = False) -> tuple[Tensor, Tensor]:
+    """(acts, active): pre where it exceeds threshold (of pre's shape, or broadcast to it), else 0; and 1 there, else 0,
+    whose sum over features is L0.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        pre, threshold = ctx.saved_tensors
-        return None, -grad / ctx.bandwidth * density((pre - threshold) / ctx.bandwidth, ctx.kernel), None, None
-
-
-def jump(pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel = "rectangle",
-         to_pre: bool = False) -> Tensor:
-    """pre where it exceeds threshold (of pre's shape, or broadcast to it), else 0.
-
-    Backward: d/d pre = 1[pre > threshold], d/d threshold = -(threshold / bandwidth) K((pre - threshold) / bandwidth);
-    to_pre adds the kernel term, with a plus, to d/d pre. Thresholds and bandwidth are in pre's units.
+    Backward: d acts / d pre = 1[pre > threshold], d acts / d threshold = -(threshold / bandwidth) K((pre - threshold) /
+    bandwidth); to_pre adds the kernel term, with a plus, to the former. d active / d pre = 0, d active / d threshold =
+    -(1 / bandwidth) K((pre - threshold) / bandwidth). Thresholds and bandwidth are in pre's units.
     """
-    out: Tensor = _Jump.apply(pre, threshold.expand_as(pre), bandwidth, kernel, to_pre)  # type: ignore[no-untyped-call]
-    return out
-
-
-def step(pre: Tensor, threshold: Tensor, bandwidth: float, kernel: Kernel = "rectangle") -> Tensor:
-    """1 where pre exceeds threshold (of pre's shape, or broadcast to it), else 0. Its sum over features is L0.
-
-    Backward: d/d pre = 0, d/d threshold = -(1 / bandwidth) K((pre - threshold) / bandwidth).
-    """
-    out: Tensor = _Step.apply(pre, threshold.expand_as(pre), bandwidth, kernel)  # type: ignore[no-untyped-call]
-    return out
+    acts, active = _JumpAndStep.apply(  # type: ignore[no-untyped-call]
+        pre, threshold.expand_as(pre), bandwidth, kernel, to_pre)
+    return acts, active

@@ -9,9 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_hooks.training.ste import KERNELS, Kernel, density, jump, step, support
+from sae_hooks.training.ste import KERNELS, Kernel, density_, jump_and_step, support
 
 WIDTHS = [0.05, 0.4, 3.0]  # the last reaches past the smallest thresholds, to negative pre-activations
+
+
+def jump(*arguments: Any) -> Tensor:
+    """The activations alone."""
+    return jump_and_step(*arguments)[0]
+
+
+def step(*arguments: Any) -> Tensor:
+    """The mask alone."""
+    return jump_and_step(*arguments)[1]
 
 
 def by_hand(pre: float, threshold: float, bandwidth: float, kernel: Kernel) -> float:
@@ -47,7 +57,7 @@ def gradients(function: Any, *arguments: Any, grad: Tensor) -> tuple[Tensor, Ten
 def test_a_kernel_is_an_even_density_of_integral_1_and_zero_beyond_its_support(kernel: Kernel) -> None:
     u = torch.linspace(-9, 9, 180_001, dtype=torch.float64)
 
-    k = density(u, kernel)
+    k = density_(u.clone(), kernel)
 
     assert torch.equal(k, k.flip(0))
     assert (k >= 0).all()
@@ -60,7 +70,7 @@ def test_a_kernel_is_an_even_density_of_integral_1_and_zero_beyond_its_support(k
 def test_the_kernels_are_those_of_the_formulas(kernel: Kernel) -> None:
     u = [-1.2, -1.0, -0.75, -0.5, -0.4999, 0.0, 0.25, 0.4999, 0.5, 0.999, 1.0, 2.0]
 
-    k = density(torch.tensor(u, dtype=torch.float64), kernel)
+    k = density_(torch.tensor(u, dtype=torch.float64), kernel)
 
     assert k.tolist() == pytest.approx([by_hand(v, 0.0, 1.0, kernel) for v in u], abs=1e-15)
 
@@ -108,6 +118,23 @@ def test_the_step_trains_the_threshold_only(kernel: Kernel, bandwidth: float) ->
     assert not found_pre.any()
     torch.testing.assert_close(found_threshold, expected, rtol=0, atol=1e-11)
     assert expected.count_nonzero() >= 7
+
+
+@pytest.mark.parametrize("to_pre", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_together_they_train_as_one_and_the_other_do(kernel: Kernel, to_pre: bool) -> None:
+    pre, threshold, grad = case()
+
+    def both(*arguments: Any) -> Tensor:
+        acts, active = jump_and_step(*arguments)
+        return acts + 3 * active
+
+    found = gradients(both, pre, threshold, 0.4, kernel, to_pre, grad=grad)
+
+    each = zip(gradients(jump, pre, threshold, 0.4, kernel, to_pre, grad=grad),
+               gradients(step, pre, threshold, 0.4, kernel, to_pre, grad=3 * grad), strict=True)
+    for ours, (of_jump, of_step) in zip(found, each, strict=True):
+        torch.testing.assert_close(ours, of_jump + of_step, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

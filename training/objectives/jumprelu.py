@@ -12,7 +12,7 @@ from sae_hooks.sae import SAE
 
 from ..codes import CHUNK, Code, encode
 from ..schedules import linear_warmup
-from ..ste import Kernel, jump, step, support
+from ..ste import Kernel, jump_and_step, support
 from .base import Batch, Extra, Loss, Objective, firings, nested_error
 
 START_L0 = 64.0
@@ -68,11 +68,9 @@ class JumpReLU(Objective):
         threshold = threshold_of(sae)
         floor = threshold.detach() - support(self.kernel) * self.bandwidth
         code = encode(batch.x, self.encoder(sae, batch), floor, batch.form)
-        at = code.of(threshold)
-        acts = jump(code.pre, at, self.bandwidth, self.kernel)
+        acts, active = jump_and_step(code.pre, code.of(threshold), self.bandwidth, self.kernel)
         minimised, error = nested_error(sae, code, acts, batch, self.prefixes)
         coefficient = self.coefficient(batch.step)
-        active = step(code.pre, at, self.bandwidth, self.kernel)
         penalty = self.penalty(code, active, batch)
         l0, fired = firings(code, active.detach(), batch)
         return Loss(total=minimised + coefficient * penalty, reconstruction=error.detach(), l0=l0, fired=fired,

@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_hooks.sae import SAE
 
 from ..codes import Code, encode
-from ..ste import Kernel, jump, support
+from ..ste import Kernel, jump_and_step, support
 from .base import Batch, Extra, Loss, Objective, firings, reconstruct, squared_error
 from .jumprelu import threshold_of
 
@@ -45,13 +45,13 @@ class TanhJumpReLU(Objective):
         threshold, encoder = threshold_of(sae), self.encoder(sae, batch)
         # Pairs below the threshold are needed only inside the kernel; pairs above it always.
         code = encode(batch.x, encoder, threshold.detach() - support(self.kernel) * self.bandwidth, batch.form)
-        norms, at = sae.W_dec.norm(dim=1), code.of(threshold)
-        acts = jump(code.pre, at, self.bandwidth, self.kernel, to_pre=True)
+        norms = sae.W_dec.norm(dim=1)
+        acts, active = jump_and_step(code.pre, code.of(threshold), self.bandwidth, self.kernel, to_pre=True)
         error = squared_error(reconstruct(sae, code, acts, batch), batch.target)
         crowd = batch.over_shards(code.per_token(torch.tanh(self.scale * acts * code.of(norms)))).mean()
         below = self.shortfall(sae, code, threshold, encoder.bias(), norms, batch)
         coefficient = self.coefficient(batch.step)
-        l0, fired = firings(code, code.pre.detach() > at.detach(), batch)
+        l0, fired = firings(code, active.detach(), batch)
         return Loss(total=error + coefficient * crowd + self.pre_act * below, reconstruction=error.detach(), l0=l0,
                     fired=fired, coefficient=coefficient)
 
