@@ -8,9 +8,10 @@ Each line of the texts is {"text": ...}. What is in the cache is not made again,
 off; `--part i/n` does every n-th run only, for several processes (harvest first: `--only harvest`). It ends with
 results/pareto-MODEL.{json,md,png,svg}.
 
-Tuning: at each sparsity, each method is trained with equally many learning rates and the first seed, in full; the
-other seeds have the rate with the least FVU on activations that no run is trained on. Methods whose L0 is not given but
-follows from a coefficient are compared at the same L0 by interpolation.
+Tuning: at each sparsity, each method is trained with equally many learning rates and the tuning seeds, in full; what is
+reported has the rate with the least mean FVU on activations that no run is trained on. JumpReLU's bandwidth follows its
+rate: beside a large rate a small one leaves many features dead. Methods whose L0 is not given but follows from a
+coefficient are compared at the same L0 by interpolation.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Setup:
     """One model's experiment: where, how large, how long.
 
     sweep: of each method, its sparsities: features a token, or coefficients that lead there, the sparsest first. rates:
-    the learning rates that are tried. bandwidth: JumpReLU's.
+    the learning rates that are tried, with tuning_seeds of the seeds. bandwidth: JumpReLU's, times its learning rate.
     """
 
     site: str
@@ -67,6 +68,7 @@ class Setup:
     steps: int
     batch_size: int
     seeds: int
+    tuning_seeds: int
     held_out_windows: int
     bandwidth: float
     sweep: dict[str, tuple[float, ...]]
@@ -76,18 +78,19 @@ class Setup:
 SETUPS = {
     "tiny-gemma2": Setup(
         site="model.layers.2.output", d_sae=1024, tokens=2_400_000, steps=1200, batch_size=1024, seeds=3,
-        held_out_windows=256, bandwidth=0.1, sweep={
+        tuning_seeds=2, held_out_windows=256, bandwidth=5.0, sweep={
             "JumpReLU": (5, 10, 20, 40, 80), "TopK": (5, 10, 20, 40, 80), "BatchTopK": (5, 10, 20, 40, 80),
-            "Gated": (0.38, 0.26, 0.17, 0.1, 0.055), "ReLU": (0.28, 0.18, 0.11, 0.065, 0.04)},
-        rates={"JumpReLU": (5e-3, 1e-2, 2e-2), "TopK": (5e-3, 1e-2, 2e-2), "BatchTopK": (5e-3, 1e-2, 2e-2),
-               "Gated": (1e-2, 2e-2, 4e-2), "ReLU": (1e-2, 2e-2, 4e-2)}),
+            "Gated": (0.34, 0.22, 0.15, 0.106, 0.067), "ReLU": (0.25, 0.14, 0.09, 0.059, 0.037)},
+        rates={"JumpReLU": (5e-3, 1e-2, 2e-2, 4e-2), "TopK": (5e-3, 1e-2, 2e-2, 4e-2),
+               "BatchTopK": (5e-3, 1e-2, 2e-2, 4e-2), "Gated": (1e-2, 2e-2, 4e-2, 8e-2),
+               "ReLU": (1e-2, 2e-2, 4e-2, 8e-2)}),
     "smollm2-135m": Setup(
-        site="model.layers.15.output", d_sae=2304, tokens=2_400_000, steps=1000, batch_size=1024, seeds=1,
-        held_out_windows=64, bandwidth=0.03, sweep={
+        site="model.layers.15.output", d_sae=2304, tokens=1_100_000, steps=1000, batch_size=1024, seeds=1,
+        tuning_seeds=1, held_out_windows=64, bandwidth=5.0, sweep={
             "JumpReLU": (10, 30, 80), "TopK": (10, 30, 80), "BatchTopK": (10, 30, 80),
-            "Gated": (0.18, 0.09, 0.045), "ReLU": (0.14, 0.065, 0.03)},
-        rates={"JumpReLU": (3e-3, 6e-3), "TopK": (3e-3, 6e-3), "BatchTopK": (3e-3, 6e-3), "Gated": (6e-3, 1.2e-2),
-               "ReLU": (6e-3, 1.2e-2)}),
+            "Gated": (0.147, 0.082, 0.047), "ReLU": (0.122, 0.06, 0.034)},
+        rates={"JumpReLU": (3e-3, 6e-3, 1.2e-2), "TopK": (3e-3, 6e-3, 1.2e-2), "BatchTopK": (3e-3, 6e-3, 1.2e-2),
+               "Gated": (6e-3, 1.2e-2, 2.4e-2), "ReLU": (6e-3, 1.2e-2, 2.4e-2)}),
 }
 
 
@@ -98,10 +101,10 @@ WARMUP = 1 / 3  # of the steps; after 100 of 1,200 some seeds of JumpReLU lost a
 CLIP = 3.0  # SmolLM2 has tokens whose gradient is eighty times as long as others'
 
 
-def objective(method: str, sparsity: float, setup: Setup) -> Objective:
+def objective(method: str, sparsity: float, rate: float, setup: Setup) -> Objective:
     """A method at a sparsity: features a token, or the coefficient of its penalty."""
     if method == "JumpReLU":
-        return JumpReLU(l0=sparsity, bandwidth=setup.bandwidth, warmup=round(0.3 * setup.steps))
+        return JumpReLU(l0=sparsity, bandwidth=setup.bandwidth * rate, warmup=round(0.3 * setup.steps))
     if method in ("TopK", "BatchTopK"):
         kind = TopK if method == "TopK" else BatchTopK
         return kind(k=int(sparsity), aux_k=128, dead_after=200_000)
@@ -130,7 +133,7 @@ def trained(run: Run, setup: Setup, cache: Path) -> SAE:
     if not (folder / "cfg.json").exists():
         stream = CachedStream(cache / "acts", [setup.site], seed=run.seed, epochs=None, max_tokens=setup.tokens)
         trainee = Trainee(name=run.name, site=setup.site, d_sae=setup.d_sae, seed=run.seed, learning_rate=run.rate,
-                          betas=(0.9, 0.999), clip=CLIP, objective=objective(run.method, run.sparsity, setup))
+                          betas=(0.9, 0.999), clip=CLIP, objective=objective(run.method, run.sparsity, run.rate, setup))
         config = TrainConfig(steps=setup.steps, batch_size=setup.batch_size, warmup=round(WARMUP * setup.steps),
                              decay=0.5)
         train(stream, [trainee], config, progress=sys.stderr.isatty())[run.name].save_pretrained(folder)
@@ -141,15 +144,18 @@ def trained(run: Run, setup: Setup, cache: Path) -> SAE:
 # --- tuning -----------------------------------------------------------------------------------------
 
 def tuning_runs(method: str, setup: Setup) -> list[Run]:
-    """With the first seed, each sparsity with each learning rate."""
-    return [Run(method, sparsity, 0, rate) for rate in setup.rates[method] for sparsity in setup.sweep[method]]
+    """With each tuning seed, each sparsity with each learning rate."""
+    return [Run(method, sparsity, seed, rate) for seed in range(setup.tuning_seeds) for rate in setup.rates[method]
+            for sparsity in setup.sweep[method]]
 
 
 def tuned(method: str, setup: Setup, cache: Path) -> list[dict[float, float]]:
-    """For each sparsity, FVU by learning rate; for methods whose L0 follows, at the L0 that the sparsity stands for."""
+    """For each sparsity, FVU by learning rate, the mean over the tuning seeds; for methods whose L0 follows, at the L0
+    that the sparsity stands for."""
     x = tuning_rows(setup, cache)
     found = {run: measured(trained(run, setup, cache), x) for run in tuning_runs(method, setup)}
-    curves = {rate: [point for run, point in found.items() if run.rate == rate] for rate in setup.rates[method]}
+    curves = {rate: [mean_point([point for run, point in found.items() if (run.rate, run.sparsity) == (rate, sparsity)])
+                     for sparsity in setup.sweep[method]] for rate in setup.rates[method]}
     return [{rate: at_l0(curve, goal) if method in FOLLOWS else curve[i][1] for rate, curve in curves.items()}
             for i, goal in enumerate(setup.sweep["JumpReLU"])]
 
@@ -169,6 +175,12 @@ def measured(sae: SAE, x: Tensor) -> tuple[float, float]:
         for part in x.split(4096):
             statistics.update(sae, part, part)
     return statistics.l0, statistics.fvu
+
+
+def mean_point(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """The mean (L0, FVU)."""
+    l0, fvu = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return l0, fvu
 
 
 def at_l0(curve: list[tuple[float, float]], l0: float) -> float:
@@ -237,7 +249,7 @@ def language_model(name: str) -> tuple[Any, Any]:
     sys.path.insert(0, str(ROOT / "examples"))
     from smollm2 import load_smollm2
 
-    return load_smollm2(torch.bfloat16)
+    return load_smollm2(torch.float32)  # many CPUs multiply slowly in half precision
 
 
 def windows_of(path: Path, tokenizer: Any) -> list[Any]:
@@ -348,7 +360,8 @@ def mean(entries: list[Any], key: str) -> float:
 def tuning_table(setup: Setup, tuning: dict[str, list[dict[float, float]]]) -> str:
     """What was tried, and taken."""
     goals = setup.sweep["JumpReLU"]
-    lines = ["## Tuning\n", "FVU of the first seed's SAEs on activations not trained on; the least is taken.\n",
+    lines = ["## Tuning\n",
+             f"FVU on activations not trained on, mean over {setup.tuning_seeds} seed(s); the least is taken.\n",
              "| method | learning rate | " + " | ".join(f"L0 {l0:g}" for l0 in goals) + " |",
              "|" + "---|" * (2 + len(goals))]
     for method, tried in tuning.items():
