@@ -322,6 +322,7 @@ def with_adam(step: Step) -> Call:
         for name, t in moved.items():
             t.grad = as_it_lies(leaves[name].grad)
         optimizer.step()
+        optimizer.zero_grad()  # so that the next backward pass finds their memory free
 
     return whole
 

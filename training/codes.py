@@ -25,7 +25,7 @@ from sae_hooks.kernels import GPU_TOKENS, dots, find_above, stable_order, starts
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
 PROBE = 16  # tokens that tell which form is the quicker one
-DENSE_FROM = 0.2  # share of pairs from which the dense form is quicker, on CPUs (measured: 0.17, and 0.26) ...
+DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one, on CPUs ...
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.005  # ... on GPUs, whose products are quicker: by arithmetic for an H100
 
 Form = Literal["auto", "dense", "sparse"]

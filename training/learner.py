@@ -246,14 +246,12 @@ class Learner:
             self.trained["log_threshold"].grad = sae.threshold.grad * sae.threshold
             sae.threshold.grad = None
         if self.rows:
-            dense = {name: None if (grad := self.trained[name].grad) is None else feature_first(name, grad)
-                     for name in self.rows.weights}
-            self.rows.step(batch.factors or {}, dense, rate, ["W_dec"] if unit else [])
+            self.rows.step(batch.factors or {}, {name: self._gradient(name) for name in self.rows.weights}, rate,
+                           ["W_dec"] if unit else [])
         elif unit:
             project_decoder_gradient(sae)
         for name, moved in self.moved.items():
-            grad = self.trained[name].grad
-            moved.grad = None if grad is None else feature_first(name, grad)
+            moved.grad = self._gradient(name)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if unit and not self.rows:
@@ -262,6 +260,11 @@ class Learner:
             if "log_threshold" in self.trained:
                 sae.threshold.copy_(self.trained["log_threshold"].exp())
             sae.threshold.clamp_(min=0.0)
+
+    def _gradient(self, name: str) -> Tensor | None:
+        """A leaf's gradient as it lies in memory, if it has one."""
+        grad = self.trained[name].grad
+        return None if grad is None else feature_first(name, grad)
 
     def dead(self) -> float:
         """Share of features that fired on none of the last `dead_after` tokens."""
