@@ -135,16 +135,6 @@ def test_a_step_is_one_of_torch_s_adam_with_the_paper_s_betas(name: str) -> None
         torch.testing.assert_close(learner.extra[name_].detach(), t.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRAINEES)
-def test_adam_moves_the_sae_s_own_memory_as_it_lies(name: str) -> None:
-    learner = learning(TRAINEES[name], 2)
-
-    for name_, moved in learner.moved.items():
-        assert moved.is_contiguous(), name_  # fused Adam copies gradients that are not
-        assert moved.data_ptr() == learner.trained[name_].data_ptr()
-        assert moved.grad is None  # or two steps' gradients would be held at once
-
-
 def test_a_log_threshold_moves_as_adam_by_hand_moves_the_logarithm() -> None:
     objective = JumpReLU(sparsity=0.05, threshold=0.05)
     learner = Learner(Trainee(name="log", site=IN, d_sae=24, objective=objective, log_threshold=True,

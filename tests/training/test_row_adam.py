@@ -115,6 +115,19 @@ def test_every_objective_is_trained_alike(trainee: Trainee, shards: Path, by_row
     close(ours, plain)
 
 
+@pytest.mark.parametrize("trainee", TRAINEES, ids=lambda t: t.name)
+def test_torch_s_adam_moves_the_sae_s_own_memory_as_it_lies(trainee: Trainee, shards: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "ROWS_ON", ())
+    learner = stepped(shards, exact(trainee), 2)
+
+    assert learner.moved.keys() == learner.trained.keys()
+    for name, moved in learner.moved.items():
+        assert moved.is_contiguous(), name  # fused Adam copies gradients that are not
+        assert moved.data_ptr() == learner.trained[name].data_ptr()
+        assert moved.grad is None  # or two steps' gradients would be held at once
+
+
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @pytest.mark.parametrize("pre_bias", [False, True])
 def test_both_forms_and_the_pre_encoder_bias(form: str, pre_bias: bool, shards: Path, by_rows: None,
