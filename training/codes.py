@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import GPU_TOKENS, dots, find_above, stable_order, starts_of, weighted_sums
+from sae_hooks.kernels import GPU_TOKENS, Triplets, dots, find_above, stable_order, starts_of, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -29,7 +29,7 @@ DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one,
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.005  # ... on GPUs, whose products are quicker: by arithmetic for an H100
 
 Form = Literal["auto", "dense", "sparse"]
-Select = Callable[[Tensor], Tensor]
+Select = Callable[[Tensor], Triplets]
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def dense_from(device: str, bf16: bool) -> float:
 
 
 def encode_chosen(x: Tensor, encoder: Encoder, choose: Select, *, whole: bool = False) -> SparseCode:
-    """The features of x (batch, d_in) that choose(pre (tokens, d_sae)) names by flat ascending indices, some tokens at
-    a time, or the whole batch at once."""
+    """The features of x (batch, d_in) that choose(pre (tokens, d_sae)) gives as (rows, columns, values), by row and
+    then by column: of some tokens at a time, or of the whole batch at once."""
     return _sparse(x, encoder, _chosen(x, encoder, choose, len(x) if whole else CHUNK))
 
 
@@ -181,21 +181,18 @@ def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _found(x: Tensor, encoder: Encoder, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _found(x: Tensor, encoder: Encoder, floor: Tensor) -> Triplets:
     return find_above(x, encoder.W_enc.t(), encoder.bias(), floor, multiply=_multiplied_in(x))
 
 
 @torch.no_grad()
 def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Pairs:
-    d_sae, W_enc, bias = encoder.d_sae, encoder.W_enc, encoder.bias()
-    found = []
+    bias, found = encoder.bias(), []
     for start, part in _chunks(x, chunk):
-        pre = _product(part, W_enc, bias)
-        at = choose(pre)
-        rows = torch.div(at, d_sae, rounding_mode="floor")
-        found.append((rows + start, at - rows * d_sae, pre.view(-1).index_select(0, at)))
+        rows, features, values = choose(_product(part, encoder.W_enc, bias))
+        found.append((rows + start, features, values))
     rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _pairs((rows, features, values), len(x), d_sae, encoder.factors)
+    return _pairs((rows, features, values), len(x), encoder.d_sae, encoder.factors)
 
 
 def _multiplied_in(x: Tensor) -> torch.dtype | None:
@@ -221,7 +218,7 @@ def _sparse(x: Tensor, encoder: Encoder, pairs: Pairs) -> SparseCode:
     return SparseCode(pre, pairs)
 
 
-def _pairs(found: tuple[Tensor, Tensor, Tensor], batch: int, d_sae: int, factors: Factors | None) -> Pairs:
+def _pairs(found: Triplets, batch: int, d_sae: int, factors: Factors | None) -> Pairs:
     rows, features, pre = found
     return Pairs(starts_of(rows, batch), rows.int(), features.int(), pre, d_sae, factors)
 

@@ -3,6 +3,7 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
+from .search import Triplets, largest
 from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
 from .tiles import GPU_TOKENS, cast, linear, wide
 from .torch_ops import (
@@ -19,6 +20,7 @@ from .torch_ops import (
 __all__ = [
     "GPU_TOKENS",
     "Csr",
+    "Triplets",
     "adam_rows",
     "cast",
     "decode",
@@ -27,6 +29,7 @@ __all__ = [
     "encode_sparse",
     "encode_topk",
     "find_above",
+    "largest",
     "linear",
     "nonzero_csr",
     "reconstruct",

@@ -52,20 +52,35 @@ def is_one_tile(x: Tensor, d_sae: int) -> bool:
     return 0 < len(x) <= tokens and len(x) * d_sae <= size
 
 
-def affine(x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None) -> Tensor:
+def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
+    """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
+    None where autograd or torch.compile must know of each tile."""
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
+    if x.device.type != "cpu" or asked or torch.compiler.is_compiling():
+        return None
+    return bias.new_empty(CPU_SIZE)
+
+
+def affine(
+    x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None, room: Tensor | None = None
+) -> Tensor:
     """x @ rows.T + bias (n, features) in bias' dtype, float32 or float64, contiguous.
 
     x is of that dtype, too, or as `ready` made it, rows of any. multiply: a half dtype that both are rounded to first.
+    room: where the result may lie, until the next one does.
     """
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return affine(x, rows, bias, multiply)
+            return affine(x, rows, bias, multiply, room)
     if multiply is not None or x.dtype != bias.dtype:
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     rows = cast(rows, x.dtype)
     if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.device.type == "cpu":
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
+    if room is not None:
+        shape = len(x), len(rows)
+        return torch.addmm(bias, x, rows.T, out=room[:shape[0] * shape[1]].view(shape))
     return F.linear(x, rows, bias)
 
 
@@ -97,8 +112,8 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
         return affine(x, W_rows, bias)
-    pre = bias.new_empty(len(x), len(W_rows))
+    pre, room = bias.new_empty(len(x), len(W_rows)), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         for f in feature_tiles(x[t], len(W_rows)):
-            pre[t, f] = affine(x[t], W_rows[f], bias[f])
+            pre[t, f] = affine(x[t], W_rows[f], bias[f], room=room)
     return pre

@@ -1,18 +1,16 @@
-"""SAE arithmetic in PyTorch operations, for any device; on CPUs numpy finds what is above a threshold."""
+"""SAE arithmetic in PyTorch operations, for any device."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
-from .segments import stable_order, triton_for, weighted_sums
-from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, slices, token_tiles, wide
+from .search import Triplets, above, count, exceeding, largest, marked, on_cpu
+from .segments import stable_order, weighted_sums
+from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, room_for_tiles, slices, token_tiles, wide
 
 Csr = tuple[Tensor, Tensor, Tensor]
-Triplets = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
-FEW_MARKS = 2**14  # up to which torch's own search is the quicker one
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
 SMALL, GPU_SMALL = 2**23, 2**30  # products of one decoding up to which the dense one is, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
@@ -44,10 +42,10 @@ def find_above(
     x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
         return _in_tile(x, W_rows, bias, threshold, multiply)
-    found = []
+    found, room = [], room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         parts = [
-            _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply), 0, f.start)
+            _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply, room), 0, f.start)
             for f in feature_tiles(x[t], len(W_rows))
         ]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
@@ -60,7 +58,7 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     those of one token."""
     found = []
     for t in slices(len(x), max(TOPK_SIZE // len(W_rows), 1)):
-        found.append(_moved(_largest(x[t], W_rows, bias, k), t.start, 0))
+        found.append(_moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
     return _compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
 
 
@@ -84,11 +82,11 @@ def reconstruct(
     if is_one_tile(x, len(W_rows)):
         part = _sparse_or_dense(x, W_rows, bias, threshold)
         return _dense(b_dec, part, W_dec) if isinstance(part, Tensor) else _sums(part, len(x), W_dec).add_(b_dec)
-    out = b_dec.repeat(len(x), 1)
+    out, room = b_dec.repeat(len(x), 1), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         sparse = []
         for f in feature_tiles(x[t], len(W_rows)):
-            part = _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f])
+            part = _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room)
             if isinstance(part, Tensor):
                 out[t] = _dense(out[t], part, W_dec[f])
             else:
@@ -109,16 +107,16 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
         part = cast(acts[t], dtype)
         active = part != 0
-        if _is_much(_count(active), part, part.numel()):
+        if _is_much(count(active), part, part.numel()):
             out[t] = _dense(out[t], part, W_dec)
         else:
-            out[t] += _sums(_marked(part, active), len(part), W_dec)
+            out[t] += _sums(marked(part, active), len(part), W_dec)
     return out
 
 
 def nonzero_csr(acts: Tensor) -> Csr:
     """CSR of the non-zero entries of acts (n, d_sae)."""
-    return _compressed(_marked(acts, acts != 0), len(acts))
+    return _compressed(marked(acts, acts != 0), len(acts))
 
 
 @traceable(
@@ -130,66 +128,41 @@ def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor
 
 
 def _in_tile(
-    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, multiply: torch.dtype | None = None
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    multiply: torch.dtype | None = None,
+    room: Tensor | None = None,
 ) -> Triplets:
     """find_above for tokens and features that are taken together."""
     if multiply is None and screens(x, rows):
         return screened(x, rows, bias, threshold)
-    return _above(affine(x, rows, bias, multiply), threshold)
+    return above(affine(x, rows, bias, multiply, room), threshold)
 
 
-def _sparse_or_dense(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Triplets | Tensor:
-    """What is active among tokens and features that are taken together; all activations, where that is much."""
+def _sparse_or_dense(
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None
+) -> Triplets | Tensor:
+    """What is active among tokens and features that are taken together; all activations, where that is much: in room,
+    if there is one."""
     if screens(x, rows):
         found = screened(x, rows, bias, threshold)
         if not _is_much(len(found[0]), bias, len(x) * len(rows)):
             return found
-    pre = affine(x, rows, bias)
-    above = _exceeding(pre, threshold)
-    return pre.mul_(above) if _is_much(_count(above), pre, pre.numel()) else _above(pre, threshold, above)
-
-
-def _above(pre: Tensor, threshold: Tensor, marks: Tensor | None = None) -> Triplets:
-    """(rows, columns, values) of what is above in pre (tokens, features); marks: of those, if they are known."""
-    if (triton := triton_for(pre)) is not None:
-        found: Triplets = triton.above(pre, threshold)
-        return found
-    return _marked(pre, _exceeding(pre, threshold) if marks is None else marks)
-
-
-def _exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
-    """Marks of what is above in pre (tokens, features)."""
-    if pre.numel() <= FEW_MARKS or not _on_cpu(pre):
-        return pre > threshold
-    return torch.from_numpy(pre.detach().numpy() > threshold.detach().numpy())  # in half of torch's time
-
-
-def _on_cpu(t: Tensor) -> bool:
-    return t.device.type == "cpu"
+    pre = affine(x, rows, bias, room=room)
+    marks = exceeding(pre, threshold)
+    return pre.mul_(marks) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
 
 
 def _is_little(x: Tensor, W_dec: Tensor) -> bool:
     """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first."""
-    return max(len(x), LEAST) * W_dec.numel() < (SMALL if _on_cpu(x) else GPU_SMALL)
-
-
-def _count(marks: Tensor) -> int:
-    return int(np.count_nonzero(marks.numpy()) if _on_cpu(marks) else marks.count_nonzero())
+    return max(len(x), LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
 
 
 def _is_much(active: int, where: Tensor, of: int) -> bool:
     """Whether so many are active that a dense product decodes them more quickly."""
-    return active > (CROWDED if _on_cpu(where) else GPU_CROWDED) * of
-
-
-def _marked(pre: Tensor, marks: Tensor) -> Triplets:
-    """(rows, columns, values) of the marked entries of a matrix."""
-    if pre.numel() <= FEW_MARKS or not _on_cpu(pre):
-        rows, columns = marks.nonzero(as_tuple=True)
-        return rows, columns, pre[rows, columns]
-    at = np.flatnonzero(marks.numpy())  # torch's nonzero takes several times longer, of many
-    rows, columns = (torch.from_numpy(part) for part in np.divmod(at, pre.shape[1]))
-    return rows, columns, pre.reshape(-1).index_select(0, torch.from_numpy(at))  # an index takes four times as long
+    return active > (CROWDED if on_cpu(where) else GPU_CROWDED) * of
 
 
 def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
@@ -217,15 +190,6 @@ def _by_row(parts: list[Triplets], n: int, like: Tensor) -> Triplets:
         order = stable_order(rows, n)
         rows, columns, values = (part.index_select(0, order) for part in (rows, columns, values))
     return rows, columns, values
-
-
-def _largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
-    """The k largest positive pre-activations of each row, by row, then by column."""
-    values, columns = linear(x, W_rows, bias).relu().topk(k, dim=-1, sorted=False)
-    columns, order = columns.sort(dim=-1)
-    values = values.gather(-1, order)
-    rows, places = (values > 0).nonzero(as_tuple=True)
-    return rows, columns[rows, places], values[rows, places]
 
 
 def _joined(parts: list[Triplets], like: Tensor) -> Triplets:

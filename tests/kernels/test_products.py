@@ -6,16 +6,17 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import tiles, torch_ops
+from sae_hooks.kernels import search, tiles, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of at most 3 tokens and 24 numbers, divisors of nothing that the tests use."""
+    """Tiles of at most 3 tokens and 24 numbers, divisors of nothing that the tests use; all searched as large ones."""
     monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
     monkeypatch.setattr(tiles, "CPU_SIZE", 24)
+    monkeypatch.setattr(search, "FEW_MARKS", 0)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_encode_sparse_finds_what_linear_is_above_the_threshold_bit_for_bit(monk
 
 def test_every_device_finds_the_same(small_tiles, parts, monkeypatch):
     numpy_s, _ = encoded(parts)
-    monkeypatch.setattr(torch_ops, "_on_cpu", lambda t: False)  # takes the way of all other devices
+    monkeypatch.setattr(search, "on_cpu", lambda t: False)  # takes the way of all other devices
     torch_s, _ = encoded(parts)
     assert all(torch.equal(a, b) for a, b in zip(numpy_s, torch_s, strict=True))
 
@@ -212,22 +213,6 @@ def test_nonzero_csr_is_the_csr_of_what_is_not_zero():
     assert indptr.tolist() == [0, 2, 2, 3]
     assert indices.tolist() == [1, 3, 0]
     assert values.tolist() == [2.0, 1.0, 3.0]
-
-
-def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch):
-    monkeypatch.setattr(torch_ops, "TOPK_SIZE", 4 * 24)
-    generator = torch.Generator().manual_seed(0)
-    x, rows = torch.randn(11, 8, generator=generator), torch.randn(24, 8, generator=generator)
-    bias = torch.full((24,), -2.0)  # so that many tokens have fewer than k positive ones
-    indptr, indices, values = kernels.encode_topk(x, rows, bias, k=6)
-    pre = torch.nn.functional.linear(x, rows, bias).relu()
-    best = pre.topk(6)
-    dense = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
-    expected = kernels.nonzero_csr(dense)
-    assert (indptr.diff() < 6).any()
-    assert torch.equal(indptr, expected[0])
-    assert torch.equal(indices, expected[1])
-    torch.testing.assert_close(values, expected[2])
 
 
 def test_only_float64_on_both_sides_computes_in_float64():

@@ -6,7 +6,7 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import tiles, torch_ops
+from sae_hooks.kernels import search, tiles, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WAYS = {"sparse": (0, 1.0), "dense": (0, -1.0), "each tile its own": (0, 0.3), "small": (2**62, 0.3)}
@@ -27,6 +27,7 @@ def tiled(request, monkeypatch):
         monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
         monkeypatch.setattr(tiles, "CPU_SIZE", 24)
         monkeypatch.setattr(torch_ops, "TOPK_SIZE", 150)
+        monkeypatch.setattr(search, "FEW_MARKS", 0)
 
 
 def parts_of(dtype, n=11, d_out=19):
@@ -51,7 +52,8 @@ def written_out(x, W_rows, bias, threshold, W_dec, b_dec):
 def test_reconstruction_is_the_equation(way, tiled, dtype, on_cpu, monkeypatch):
     parts = parts_of(dtype)
     if not on_cpu:
-        monkeypatch.setattr(torch_ops, "_on_cpu", lambda t: False)
+        monkeypatch.setattr(torch_ops, "on_cpu", lambda t: False)
+        monkeypatch.setattr(search, "on_cpu", lambda t: False)
     acts, wanted = written_out(*parts)
     shares = [(part != 0).mean() for part in np.array_split(acts, 5, axis=1)]
     assert min(shares) < 0.1

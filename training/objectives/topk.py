@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_hooks.kernels import Triplets, largest
 from sae_hooks.sae import SAE
 
 from ..codes import SparseCode, encode_chosen
@@ -46,7 +46,7 @@ class TopK(Objective):
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, self.encoder(sae, batch), largest_of_each(self.k))
+        return encode_chosen(batch.x, self.encoder(sae, batch), lambda pre: largest(pre, self.k))
 
     def loss(self, sae: SAE, batch: Batch, code: SparseCode, **state: Tensor) -> Loss:
         """The loss of the features that were kept."""
@@ -110,43 +110,18 @@ class BatchTopK(TopK):
         return super().finish(like(sae, threshold=threshold), extra)
 
 
-def largest_of_each(k: int) -> Callable[[Tensor], Tensor]:
-    """Choose the k largest positive entries of each row."""
-    def choose(pre: Tensor) -> Tensor:
-        values, columns = pre.topk(k, dim=-1, sorted=False)
-        columns = torch.where(values > 0, columns, pre.shape[1]).sort(dim=-1).values
-        flat = columns + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-        return flat[columns < pre.shape[1]]
-    return choose
-
-
-def largest_of_all(k: int, batch: Batch) -> Callable[[Tensor], Tensor]:
+def largest_of_all(k: int, batch: Batch) -> Callable[[Tensor], Triplets]:
     """Choose the k * rows largest positive entries, where processes share the tokens: of all their rows together."""
-    def choose(pre: Tensor) -> Tensor:
-        positive = (pre > 0).view(-1).nonzero().view(-1)
-        values = pre.view(-1)[positive]
-        n = _share(values, k * len(pre), batch)
-        return positive if len(values) <= n else positive[_largest(values, n)].sort().values
+    def choose(pre: Tensor) -> Triplets:
+        i, processes = batch.share
+        most = k * len(pre) * processes
+        _, at, values = largest(pre.view(1, -1), most)
+        if processes > 1:
+            told = values.new_zeros(most)
+            told[:len(values)] = values
+            _, chosen, _ = largest(batch.of_batches(told).view(1, -1), most)
+            _, mine, values = largest(values[None], int((chosen // most == i).sum()))
+            at = at[mine]
+        rows = torch.div(at, pre.shape[1], rounding_mode="floor")
+        return rows, at - rows * pre.shape[1], values
     return choose
-
-
-def _share(values: Tensor, n: int, batch: Batch) -> int:
-    """How many of these positive values are among the n * processes largest of all processes. More than there are, if
-    none need be left out."""
-    i, processes = batch.share
-    if processes == 1:
-        return n
-    most = n * processes
-    room = values.new_zeros(most)
-    mine = values[_largest(values, most)] if len(values) > most else values
-    room[:len(mine)] = mine
-    chosen = _largest(batch.of_batches(room).view(-1), most)
-    return int((chosen // most == i).sum())
-
-
-def _largest(values: Tensor, n: int) -> Tensor:
-    if n == 0:
-        return values.new_empty(0, dtype=torch.int64)
-    if values.device.type == "cpu":  # selection in linear time; torch.topk sorts
-        return torch.from_numpy(np.argpartition(values.numpy(), len(values) - n)[-n:])
-    return values.topk(n, sorted=False).indices

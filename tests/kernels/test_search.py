@@ -1,0 +1,116 @@
+"""What is above, and what is largest, found in numpy on CPUs and in PyTorch elsewhere: the same either way."""
+
+import pytest
+import torch
+
+from sae_hooks import kernels
+from sae_hooks.kernels import search, torch_ops
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def found_by(request, monkeypatch):
+    """Each of the two ways, whatever the size."""
+    monkeypatch.setattr(search, "FEW_MARKS", 0)
+    if request.param == "torch":
+        monkeypatch.setattr(search, "on_cpu", lambda t: False)
+    return request.param
+
+
+def matrix(n, m, dtype=torch.float32, seed=0):
+    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def largest_of_each(pre, k):
+    """[(row, column, value)] by sorting each row in Python: the first of equal ones is whichever."""
+    found = []
+    for i, row in enumerate(pre.tolist()):
+        best = sorted(range(len(row)), key=lambda j, row=row: -row[j])[:k]
+        found += [(i, j, row[j]) for j in sorted(best) if row[j] > 0]
+    return found
+
+
+def listed(found):
+    return list(zip(*(part.tolist() for part in found), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "m", "k"), [
+    (5, 37, 0), (5, 37, 1), (5, 37, 3), (5, 37, 30), (5, 37, 37), (5, 37, 50), (1, 1, 1), (0, 37, 3), (2, 0, 3),
+    (1, 2000, 60), (7, 1003, 20)])
+def test_the_largest_of_each_row_are_named_by_row_then_by_column(found_by, n, m, k, dtype):
+    pre = matrix(n, m, dtype)
+    found = search.largest(pre, k)
+    assert listed(found) == largest_of_each(pre, k)
+    assert found[2].dtype == dtype
+
+
+def test_rows_of_which_few_are_positive_give_those(found_by):
+    pre = matrix(6, 400) - torch.linspace(0, 6, 6)[:, None]
+    found = listed(search.largest(pre, 20))
+    counts = [sum(row == i for row, _, _ in found) for i in range(6)]
+    assert counts[0] == 20
+    assert 0 < min(count for count in counts if count) < 20
+    assert counts[-1] == 0
+    assert found == largest_of_each(pre, 20)
+    assert listed(search.largest(torch.zeros(3, 400), 20)) == []
+
+
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+def test_of_equal_ones_so_many_are_kept_as_there_is_room_for(found_by, rest):
+    pre = torch.full((2, 300), rest)
+    pre[0, ::30] = 2.0
+    pre[1] = 1.0
+    found = search.largest(pre, 15)
+    of_first = [column for row, column, _ in listed(found) if row == 0]
+    assert set(range(0, 300, 30)) <= set(of_first)
+    assert len(of_first) == (15 if rest else 10)
+    assert int((found[0] == 1).sum()) == 15
+    assert listed(found) == sorted(set(listed(found)))
+
+
+def test_nan_is_never_kept_and_infinity_always(found_by):
+    pre = matrix(4, 300)
+    pre[0, 7], pre[1, 8], pre[2] = torch.nan, torch.inf, torch.nan
+    found = listed(search.largest(pre, 10))
+    assert (1, 8, torch.inf) in found
+    assert sum(row == 1 for row, _, _ in found) == sum(row == 3 for row, _, _ in found) == 10
+    first = [column for row, column, _ in found if row == 0]
+    best = pre[0].nan_to_num(0.0).topk(10).indices.tolist()
+    assert 9 <= len(first) <= 10
+    assert set(first) <= set(best)
+    assert not any(row == 2 for row, _, _ in found)
+
+
+def test_values_carry_gradients_and_nothing_is_changed(found_by):
+    pre = matrix(3, 200).requires_grad_()
+    before = pre.detach().clone()
+    rows, columns, values = search.largest(pre, 5)
+    values.sum().backward()
+    wanted = torch.zeros(3, 200)
+    wanted[rows, columns] = 1.0
+    assert torch.equal(pre.grad, wanted)
+    assert torch.equal(pre.detach(), before)
+
+
+def test_few_candidates_are_selected_from(monkeypatch):
+    seen = []
+    plain = search.marked
+    monkeypatch.setattr(search, "marked", lambda *args: seen.append(plain(*args)) or seen[-1])
+    search.largest(matrix(20, 8192), 60)
+    assert 20 * 60 <= len(seen[0][0]) < 20 * 80
+
+
+def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch):
+    monkeypatch.setattr(torch_ops, "TOPK_SIZE", 4 * 24)
+    generator = torch.Generator().manual_seed(0)
+    x, rows = torch.randn(11, 8, generator=generator), torch.randn(24, 8, generator=generator)
+    bias = torch.full((24,), -2.0)  # so that many tokens have fewer than k positive ones
+    indptr, indices, values = kernels.encode_topk(x, rows, bias, k=6)
+    pre = torch.nn.functional.linear(x, rows, bias).relu()
+    best = pre.topk(6)
+    dense = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
+    expected = kernels.nonzero_csr(dense)
+    assert (indptr.diff() < 6).any()
+    assert torch.equal(indptr, expected[0])
+    assert torch.equal(indices, expected[1])
+    torch.testing.assert_close(values, expected[2])
