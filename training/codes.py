@@ -24,7 +24,7 @@ from sae_hooks.kernels import GPU_TOKENS, Triplets, dots, find_above, stable_ord
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
-PROBE = 16  # tokens that tell which form is the quicker one
+PROBE, PROBED = 16, 1024  # tokens and features that tell which form is the quicker one
 DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one, on CPUs ...
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.005  # ... on GPUs, whose products are quicker: by arithmetic for an H100
 
@@ -173,16 +173,18 @@ def encode_chosen(x: Tensor, encoder: Encoder, choose: Select, *, whole: bool = 
 
 
 def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
-    """Whether few pairs are held, as some of the tokens, from all over the batch, tell: a search in vain costs as much
-    as half of a dense step."""
-    some = x[::max(len(x) // PROBE, 1)]
+    """Whether few pairs are held, as some of the tokens and of the features, from all over, tell: a search in vain
+    costs as much as half of a dense step."""
+    some, which = x[::max(len(x) // PROBE, 1)], slice(None, None, max(encoder.d_sae // PROBED, 1))
     most = dense_from(x.device.type, _multiplied_in(x) is not None)
-    return len(_found(some, encoder, floor)[0]) <= most * len(some) * encoder.d_sae
+    return len(_found(some, encoder, floor, which)[0]) <= most * len(some) * len(floor[which])
 
 
 @torch.no_grad()
-def _found(x: Tensor, encoder: Encoder, floor: Tensor) -> Triplets:
-    return find_above(x, encoder.W_enc.t(), encoder.bias(), floor, multiply=_multiplied_in(x))
+def _found(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None)) -> Triplets:
+    """The pairs of some of the features."""
+    rows, bias = encoder.W_enc.t()[which], encoder.bias()[which]
+    return find_above(x, rows, bias, floor[which], multiply=_multiplied_in(x))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_hooks.training import codes
 from sae_hooks.training.codes import DenseCode, Encoder, SparseCode, encode
 from sae_hooks.training.objectives import OBJECTIVES, BatchTopK, JumpReLU, Objective
 
@@ -175,6 +176,19 @@ def test_the_form_is_dense_while_much_is_active_and_sparse_afterwards() -> None:
 
     assert isinstance(encode(x, Encoder(W_enc, b_enc), torch.zeros(130)), DenseCode)
     assert isinstance(encode(x, Encoder(W_enc, b_enc), torch.full((130,), 9.0)), SparseCode)
+
+
+@pytest.mark.parametrize(("active", "form"), [
+    (slice(40), DenseCode), (slice(90, 130), DenseCode), (slice(0, 13), SparseCode), (slice(117, 130), SparseCode)])
+def test_some_features_from_all_over_tell_which_form_to_take(
+        active: slice, form: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "PROBED", 26)
+    floor = torch.full((130,), 1.0)
+    floor[active] = -1.0
+
+    code = encode(torch.zeros(40, 6), Encoder(torch.zeros(6, 130), torch.zeros(130)), floor)
+
+    assert isinstance(code, form)
 
 
 def shard(at: World, part: slice) -> World:

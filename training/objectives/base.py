@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sae_hooks.sae import SAE
@@ -130,7 +131,7 @@ def reconstruct(sae: SAE, code: Code, acts: Tensor, batch: Batch, *, frozen: boo
 
 def squared_error(x_hat: Tensor, target: Tensor) -> Tensor:
     """Squared L2 distance, summed over the width and averaged over the batch."""
-    return (target - x_hat).square().sum(-1).mean()
+    return F.mse_loss(x_hat, target, reduction="sum") / len(target)
 
 
 def spread(x: Tensor, average: Sum = alone) -> Tensor:
