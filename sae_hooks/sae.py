@@ -118,16 +118,22 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
-        return _shaped(kernels.linear(self._rows(x, self.d_in), self.W_enc.T, self.b_enc), x)
+        W_rows = self.W_enc.T
+        return _shaped(kernels.linear(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc), x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
-        return self.gate(self.pre_activations(x))
+        threshold = self.threshold
+        if threshold is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_grad(x)):
+            return self.gate(self.pre_activations(x))
+        W_rows = self.W_enc.T
+        return _shaped(kernels.encode(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc, threshold), x)
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
-        if self.threshold is not None:
-            return pre * (pre > self.threshold)
+        threshold = self.threshold
+        if threshold is not None:
+            return pre * (pre > threshold)
         assert self.k is not None
         values, indices = pre.relu().topk(self.k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, indices, values)
@@ -138,11 +144,12 @@ class SAE(nn.Module):
 
         (n, d_sae) is never held; TopK compares all features of a token, and takes its tokens in slices.
         """
-        flat = self._rows(x, self.d_in)
-        if self.threshold is not None:
-            return kernels.encode_sparse(flat, self.W_enc.T, self.b_enc, self.threshold)
+        W_rows, threshold = self.W_enc.T, self.threshold
+        rows = self._rows(x, W_rows.shape[1])
+        if threshold is not None:
+            return kernels.encode_sparse(rows, W_rows, self.b_enc, threshold)
         assert self.k is not None
-        return kernels.encode_topk(flat, self.W_enc.T, self.b_enc, self.k)
+        return kernels.encode_topk(rows, W_rows, self.b_enc, self.k)
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
@@ -161,12 +168,13 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        if self.threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
+        threshold = self.threshold
+        if threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
             x_hat = self.decode(self.encode(x))
         else:
-            W_enc, W_dec = self.W_enc.T, self.W_dec
-            rows = self._rows(x, W_enc.shape[1])
-            x_hat = _shaped(kernels.reconstruct(rows, W_enc, self.b_enc, self.threshold, W_dec, self.b_dec), x)
+            W_rows = self.W_enc.T
+            rows = self._rows(x, W_rows.shape[1])
+            x_hat = _shaped(kernels.reconstruct(rows, W_rows, self.b_enc, threshold, self.W_dec, self.b_dec), x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
         return kernels.cast(x_hat, x.dtype)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
 FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
-LARGE = 2**20  # ... where the rows are too many numbers for the caches next to a core
+LARGE = 2**22  # ... where the rows are too many numbers for the caches
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
 
@@ -48,8 +48,8 @@ def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
 
 def is_one_tile(x: Tensor, d_sae: int) -> bool:
     """Whether all tokens of x (n, d_in) and all features are taken together."""
-    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.device.type == "cpu" else (GPU_TOKENS, GPU_SIZE)
-    return 0 < len(x) <= tokens and len(x) * d_sae <= size
+    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.is_cpu else (GPU_TOKENS, GPU_SIZE)
+    return 0 < x.shape[0] <= tokens and x.shape[0] * d_sae <= size
 
 
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
@@ -76,7 +76,7 @@ def affine(
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     rows = cast(rows, x.dtype)
-    if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.device.type == "cpu":
+    if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.is_cpu:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     if room is not None:
         shape = len(x), len(rows)
@@ -97,8 +97,8 @@ def half_product(x: Tensor, rows: Tensor) -> Tensor:
 def ready(x: Tensor, W_rows: Tensor) -> Tensor:
     """x in the dtype to compute in, or as it is, where it and the weights are of one half dtype and `half_product` is
     the quicker one, on GPUs."""
-    asked = torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)  # which half_product may not give
-    if x.device.type in HALVES_ON and x.dtype == W_rows.dtype and x.dtype in HALVES and not asked:
+    halves = x.dtype in HALVES and x.dtype == W_rows.dtype and x.device.type in HALVES_ON
+    if halves and not (torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)):  # gradients: it has none
         return x
     return cast(x, wide(x, W_rows))
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
-from .search import Triplets, above, count, exceeding, largest, marked, on_cpu
+from .search import Triplets, above, count, exceeding, gated, largest, marked, on_cpu
 from .segments import stable_order, weighted_sums
 from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, room_for_tiles, slices, token_tiles, wide
 
@@ -14,6 +14,21 @@ TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
 SMALL, GPU_SMALL = 2**23, 2**30  # products of one decoding up to which the dense one is, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
+
+
+def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
+    """What `linear` makes of x (n, d_in) where it is above threshold, else 0: (n, d_sae). No gradients."""
+    bias = cast(bias, wide(x, W_rows))
+    x = ready(x, W_rows)
+    if is_one_tile(x, W_rows.shape[0]):
+        pre = affine(x, W_rows, bias)
+        return gated(pre, exceeding(pre, threshold), pre)
+    acts, room = bias.new_empty(len(x), len(W_rows)), room_for_tiles(x, W_rows, bias)
+    for t in token_tiles(x):
+        for f in feature_tiles(x[t], len(W_rows)):
+            pre = affine(x[t], W_rows[f], bias[f], room=room)
+            gated(pre, exceeding(pre, threshold[f]), acts[t, f])
+    return acts
 
 
 @traceable("(Tensor x, Tensor W_rows, Tensor bias, Tensor threshold) -> (Tensor, Tensor, Tensor)", fake_csr)
@@ -152,12 +167,12 @@ def _sparse_or_dense(
             return found
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
-    return pre.mul_(marks) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
+    return gated(pre, marks, pre) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
 
 
 def _is_little(x: Tensor, W_dec: Tensor) -> bool:
     """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first."""
-    return max(len(x), LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
+    return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
 
 
 def _is_much(active: int, where: Tensor, of: int) -> bool:

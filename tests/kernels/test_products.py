@@ -51,6 +51,28 @@ def test_pre_activations_in_tiles_are_the_equation(small_tiles, parts, dtype):
     np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("tiled", [True, False])
+def test_encoding_is_linear_s_result_above_the_threshold_bit_for_bit(parts, dtype, on_cpu, tiled, request, monkeypatch):
+    if tiled:
+        request.getfixturevalue("small_tiles")
+    monkeypatch.setattr(search, "FEW_MARKS", 0)
+    if not on_cpu:
+        monkeypatch.setattr(search, "on_cpu", lambda t: False)
+    x, rows = parts["x"].to(torch.float64 if dtype == torch.float64 else torch.float32), parts["W_rows"].to(dtype)
+    pre = kernels.linear(x, rows, parts["bias"])
+    threshold = pre.quantile(0.7, dim=0, interpolation="higher").clamp(min=0)  # values that occur: not above themselves
+    acts = kernels.encode(x, rows, parts["bias"], threshold)
+    assert acts.dtype == pre.dtype
+    assert torch.equal(acts, pre * (pre > threshold))
+    assert 0.1 < (acts > 0).double().mean() < 0.4
+
+
+def test_the_encoding_of_no_tokens_is_empty(parts):
+    assert kernels.encode(parts["x"][:0], parts["W_rows"], parts["bias"], parts["threshold"]).shape == (0, 37)
+
+
 def test_tiles_change_which_rows_are_computed_together_and_nothing_else(parts, request):
     whole, _ = encoded(parts)
     request.getfixturevalue("small_tiles")
@@ -61,12 +83,13 @@ def test_tiles_change_which_rows_are_computed_together_and_nothing_else(parts, r
 
 
 def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monkeypatch):
-    sizes = []
+    sizes, places = [], []
     plain = torch_ops.affine
 
     def noted(x, rows, *rest):
         sizes.append((len(x), len(rows)))
-        return plain(x, rows, *rest)
+        places.append((tile := plain(x, rows, *rest)).data_ptr())
+        return tile
 
     monkeypatch.setattr(torch_ops, "affine", noted)
     encoded(parts)
@@ -74,6 +97,7 @@ def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monk
     assert max(n for n, _ in sizes) == 3
     assert max(n * f for n, f in sizes) <= 24
     assert min(sizes) >= (2, 7), "a thin rest"
+    assert len(set(places)) == 1, "fresh memory for each tile"
 
 
 @pytest.mark.parametrize("length", [0, 1, 6, 7, 8, 13, 14, 15, 100])

@@ -79,6 +79,8 @@ def test_nan_is_never_kept_and_infinity_always(found_by):
     assert 9 <= len(first) <= 10
     assert set(first) <= set(best)
     assert not any(row == 2 for row, _, _ in found)
+    pre[3, 20:] = torch.nan  # these take all places
+    assert not any(row == 3 for row, _, _ in listed(search.largest(pre, 10)))
 
 
 def test_values_carry_gradients_and_nothing_is_changed(found_by):
