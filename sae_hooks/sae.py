@@ -135,8 +135,7 @@ class SAE(nn.Module):
         if threshold is not None:
             return pre * (pre > threshold)
         assert self.k is not None
-        values, indices = pre.relu().topk(self.k, dim=-1)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
+        return kernels.keep_largest(pre, self.k)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
@@ -168,13 +167,17 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        threshold = self.threshold
-        if threshold is None or (torch.is_grad_enabled() and self._wants_grad(x)):
+        if torch.is_grad_enabled() and self._wants_grad(x):
             x_hat = self.decode(self.encode(x))
         else:
-            W_rows = self.W_enc.T
+            W_rows, threshold = self.W_enc.T, self.threshold
             rows = self._rows(x, W_rows.shape[1])
-            x_hat = _shaped(kernels.reconstruct(rows, W_rows, self.b_enc, threshold, self.W_dec, self.b_dec), x)
+            if threshold is not None:
+                out = kernels.reconstruct(rows, W_rows, self.b_enc, threshold, self.W_dec, self.b_dec)
+            else:
+                assert self.k is not None
+                out = kernels.reconstruct_topk(rows, W_rows, self.b_enc, self.k, self.W_dec, self.b_dec)
+            x_hat = _shaped(out, x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
         return kernels.cast(x_hat, x.dtype)

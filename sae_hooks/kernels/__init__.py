@@ -3,7 +3,7 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .search import Triplets, largest
+from .search import Triplets, keep_largest, largest
 from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
 from .tiles import GPU_TOKENS, cast, linear, wide
 from .torch_ops import (
@@ -16,6 +16,7 @@ from .torch_ops import (
     find_above,
     nonzero_csr,
     reconstruct,
+    reconstruct_topk,
 )
 
 __all__ = [
@@ -31,10 +32,12 @@ __all__ = [
     "encode_sparse",
     "encode_topk",
     "find_above",
+    "keep_largest",
     "largest",
     "linear",
     "nonzero_csr",
     "reconstruct",
+    "reconstruct_topk",
     "stable_order",
     "starts_of",
     "weighted_sums",

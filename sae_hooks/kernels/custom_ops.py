@@ -64,7 +64,7 @@ def fake_decoded_csr(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Ten
     return values.new_empty(indptr.shape[0] - 1, W_dec.shape[1], dtype=wide(values, W_dec))
 
 
-def fake_reconstruction(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor,
+def fake_reconstruction(x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor | int, W_dec: Tensor,
                         b_dec: Tensor) -> Tensor:
     """What x (n, d_in) becomes."""
     return x.new_empty(x.shape[0], W_dec.shape[1], dtype=wide(x, W_rows))

@@ -58,10 +58,19 @@ def marked(pre: Tensor, marks: Tensor) -> Triplets:
     return rows, columns, pre.reshape(-1).index_select(0, torch.from_numpy(at))  # an index takes four times as long
 
 
+def keep_largest(pre: Tensor, k: int) -> Tensor:
+    """pre (..., m) with 0 in place of all but the k largest positive entries of each row."""
+    if pre.numel() <= FEW_MARKS or not on_cpu(pre) or torch.compiler.is_compiling():
+        values, columns = pre.relu().topk(k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, columns, values)
+    rows, columns, values = largest(pre.reshape(-1, pre.shape[-1]), k)
+    return torch.zeros_like(pre).view(-1, pre.shape[-1]).index_put((rows, columns), values).view(pre.shape)
+
+
 def largest(pre: Tensor, k: int) -> Triplets:
     """(rows, columns, values) of the k largest positive entries of each row of pre (n, m), or of all that are positive,
     by row, then by column."""
-    if not on_cpu(pre):
+    if pre.numel() <= FEW_MARKS or not on_cpu(pre):
         return _sorted_largest(pre, k)
     rows, columns, values = found = marked(pre, exceeding(pre, _below(pre.detach(), k)))
     counts = np.bincount(rows.numpy(), minlength=len(pre))

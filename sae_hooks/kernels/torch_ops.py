@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
-from .search import Triplets, above, count, exceeding, gated, largest, marked, on_cpu
+from .search import Triplets, above, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import stable_order, weighted_sums
 from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, room_for_tiles, slices, token_tiles, wide
 
@@ -109,6 +109,17 @@ def reconstruct(
         if sparse:
             out[t] += _sums(_by_row(sparse, t.stop - t.start, bias), t.stop - t.start, W_dec)
     return out
+
+
+@traceable(
+    "(Tensor x, Tensor W_rows, Tensor bias, int k, Tensor W_dec, Tensor b_dec) -> Tensor", fake_reconstruction
+)
+def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """The same, of the k largest positive pre-activations of each row; holds no more of them than `encode_topk`."""
+    if _is_little(x, W_dec):
+        acts = keep_largest(linear(x, W_rows, bias), k)
+        return _dense(cast(b_dec, acts.dtype), acts, W_dec)
+    return decode_sparse(*encode_topk(x, W_rows, bias, k), W_dec, b_dec)
 
 
 @traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)

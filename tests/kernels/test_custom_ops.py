@@ -26,6 +26,7 @@ ARGUMENTS = {
     "encode_sparse": lambda sae, x: (x, sae.W_enc.T, sae.b_enc, sae.threshold),
     "encode_topk": lambda sae, x: (x, sae.W_enc.T, sae.b_enc, 7),
     "reconstruct": lambda sae, x: (x, sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec),
+    "reconstruct_topk": lambda sae, x: (x, sae.W_enc.T, sae.b_enc, 7, sae.W_dec, sae.b_dec),
     "decode": lambda sae, x: (sae.encode(x), sae.W_dec, sae.b_dec),
     "decode_sparse": lambda sae, x: (*sae.encode_sparse(x), sae.W_dec, sae.b_dec),
 }

@@ -65,6 +65,19 @@ def test_reconstruction_is_the_equation(way, tiled, dtype, on_cpu, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 4), (11, 1), (11, 9), (11, 37)])
+def test_topk_reconstructs_from_the_largest(way, tiled, dtype, n, k):
+    x, W_rows, bias, _, W_dec, b_dec = parts_of(dtype, n=n)
+    pre = reference.array(x) @ reference.array(W_rows).T + reference.array(bias)
+    least = np.sort(pre, axis=1)[:, -k, None]
+    wanted = np.where(pre >= least, pre, 0).clip(min=0) @ reference.array(W_dec) + reference.array(b_dec)
+    got = kernels.reconstruct_topk(x, W_rows, bias, k, W_dec, b_dec)
+    exact = dtype == torch.float64
+    assert got.dtype == (torch.float64 if exact else torch.float32)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-12 if exact else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_decoding_is_the_equation(way, tiled, dtype):
     parts = parts_of(dtype)
     acts, wanted = written_out(*parts)

@@ -94,6 +94,17 @@ def test_values_carry_gradients_and_nothing_is_changed(found_by):
     assert torch.equal(pre.detach(), before)
 
 
+@pytest.mark.parametrize("shape", [(5, 37), (2, 3, 400), (37,), (0, 9)])
+def test_all_but_the_largest_become_zero_with_their_gradients(found_by, shape):
+    pre = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    kept = search.keep_largest(pre, 6)
+    least = pre.detach().sort(dim=-1).values[..., -6, None]
+    mask = (pre.detach() >= least) & (pre.detach() > 0)
+    assert torch.equal(kept, pre.detach() * mask)
+    kept.sum().backward()
+    assert torch.equal(pre.grad, mask.float())
+
+
 def test_few_candidates_are_selected_from(monkeypatch):
     seen = []
     plain = search.marked
