@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import Triplets, largest
+from sae_hooks.kernels import Triplets, keep_largest, largest
 from sae_hooks.sae import SAE
 
 from ..codes import SparseCode, encode_chosen
@@ -63,9 +63,8 @@ class TopK(Objective):
         k = min(self.aux_k, len(dead))
         if k == 0:
             return lack.new_zeros(())
-        pre = F.linear(batch.x, sae.W_enc.t()[dead], self.encoder(sae).bias()[dead]).relu()
-        values, places = pre.topk(k, dim=-1)
-        found = torch.zeros_like(pre).scatter(-1, places, values) @ sae.W_dec[dead]
+        pre = F.linear(batch.x, sae.W_enc.t()[dead], self.encoder(sae).bias()[dead]).to(lack.dtype)
+        found = keep_largest(pre, k) @ sae.W_dec[dead]
         average = batch.over_batches
         return squared_error(found, lack) * (spread(batch.target, average) / spread(lack, average).clamp(min=1e-12))
 
