@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CPU_TOKENS, CPU_SIZE = 512, 2**19  # 2 MB in float32: a product is compared while it is in the cache
+CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
 FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
 LARGE = 2**22  # ... where the rows are too many numbers for the caches
