@@ -59,12 +59,17 @@ def marked(pre: Tensor, marks: Tensor) -> Triplets:
 
 
 def keep_largest(pre: Tensor, k: int) -> Tensor:
-    """pre (..., m) with 0 in place of all but the k largest positive entries of each row."""
+    """pre (..., m) with 0 in place of all but the k largest positive entries of each row. Rows of nan stay so, at k
+    entries at least."""
     if pre.numel() <= FEW_MARKS or not on_cpu(pre) or torch.compiler.is_compiling():
         values, columns = pre.relu().topk(k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, columns, values)
-    rows, columns, values = largest(pre.reshape(-1, pre.shape[-1]), k)
-    return torch.zeros_like(pre).view(-1, pre.shape[-1]).index_put((rows, columns), values).view(pre.shape)
+    each = pre.reshape(-1, pre.shape[-1])
+    rows, columns, values = largest(each, k)
+    kept = torch.zeros_like(each).index_put((rows, columns), values)
+    if bool((lost := each[:, :1].isnan()).any()):
+        kept = kept.masked_fill(lost, torch.nan)
+    return kept.view(pre.shape)
 
 
 def largest(pre: Tensor, k: int) -> Triplets:

@@ -87,7 +87,7 @@ def reconstruct(
     """x_hat (n, d_out), float32 or wider, of x (n, d_in): encoded and decoded, never holding (n, d_sae).
 
     Each tile of pre-activations is decoded by the rows of its active features, or by a dense product where so many are
-    active, or so little is to be done, that this is the quicker way.
+    active, or so little is to be done, that this is the quicker way. Tokens that are not finite stay so.
     """
     dtype = wide(x, W_rows)
     x, bias, b_dec = ready(x, W_rows), cast(bias, dtype), cast(b_dec, dtype)
@@ -96,8 +96,10 @@ def reconstruct(
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, len(W_rows)):
         part = _sparse_or_dense(x, W_rows, bias, threshold)
-        return _dense(b_dec, part, W_dec) if isinstance(part, Tensor) else _sums(part, len(x), W_dec).add_(b_dec)
-    out, room = b_dec.repeat(len(x), 1), room_for_tiles(x, W_rows, bias)
+        if isinstance(part, Tensor):
+            return _dense(b_dec, part, W_dec)
+        return _sums(part, len(x), W_dec).add_(b_dec).add_(_nothing(x, dtype))
+    out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         sparse = []
         for f in feature_tiles(x[t], len(W_rows)):
@@ -119,7 +121,7 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     if _is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
-    return decode_sparse(*encode_topk(x, W_rows, bias, k), W_dec, b_dec)
+    return decode_sparse(*encode_topk(x, W_rows, bias, k), W_dec, b_dec).add_(_nothing(x, wide(x, W_rows)))
 
 
 @traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)
@@ -179,6 +181,11 @@ def _sparse_or_dense(
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
     return gated(pre, marks, pre) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
+
+
+def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, 1): 0 for each token of x (n, d_in), but nan for those that are not finite, of which no feature is active."""
+    return x.sum(1, keepdim=True, dtype=dtype).mul_(0)
 
 
 def _is_little(x: Tensor, W_dec: Tensor) -> bool:

@@ -95,6 +95,19 @@ def test_no_token_and_one(way, tiled, n):
     np.testing.assert_allclose(kernels.decode(torch.tensor(acts).float(), *parts[4:]).numpy(), wanted, atol=2e-5)
 
 
+def test_what_is_not_finite_stays_so_and_the_other_tokens_are_as_they_were(way, tiled):
+    x, *rest = parts_of(torch.float32)
+    topk = [*rest[:2], 5, *rest[3:]]
+    spoilt = x.clone()
+    spoilt[3, 2], spoilt[7, 0], spoilt[8, 1] = torch.nan, torch.inf, -torch.inf
+    others = [i for i in range(11) if i not in (3, 7, 8)]
+    for plain, got in ((kernels.reconstruct(x, *rest), kernels.reconstruct(spoilt, *rest)),
+                       (kernels.reconstruct_topk(x, *topk), kernels.reconstruct_topk(spoilt, *topk))):
+        assert got[3].isnan().all()
+        assert not got[[7, 8]].isfinite().any()
+        torch.testing.assert_close(got[others], plain[others])
+
+
 def test_where_nothing_is_active_b_dec_is_left(way, tiled):
     x, W_rows, bias, threshold, W_dec, b_dec = parts_of(torch.float32)
     assert torch.equal(kernels.reconstruct(x, W_rows, bias, threshold + 1e6, W_dec, b_dec), b_dec.repeat(11, 1))

@@ -105,6 +105,14 @@ def test_all_but_the_largest_become_zero_with_their_gradients(found_by, shape):
     assert torch.equal(pre.grad, mask.float())
 
 
+def test_a_row_of_nan_stays_seen(found_by):
+    pre = matrix(4, 300)
+    pre[1] = torch.nan
+    kept = search.keep_largest(pre, 10)
+    assert kept.isnan().any(dim=1).tolist() == [False, True, False, False]
+    assert (kept[[0, 2, 3]] > 0).sum(dim=1).tolist() == [10, 10, 10]
+
+
 def test_few_candidates_are_selected_from(monkeypatch):
     seen = []
     plain = search.marked
