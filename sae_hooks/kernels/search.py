@@ -1,7 +1,7 @@
 """Which entries of a matrix matter: those above a threshold, or the largest of each row.
 
-On CPUs numpy finds them: it compares and multiplies by marks three times as quickly as PyTorch, lists them five times,
-and selects twice.
+On CPUs numpy finds them, but where many threads are at hand: in one it compares and multiplies by marks three times as
+quickly as PyTorch does in one, lists them five times, and selects twice.
 """
 
 import numpy as np
@@ -11,13 +11,18 @@ from torch import Tensor
 from .segments import triton_for
 
 Triplets = tuple[Tensor, Tensor, Tensor]
-FEW_MARKS = 2**14  # up to which torch's own search is the quicker one
+FEW_MARKS, THREADS = 2**14, 4  # entries up to which, and threads above which PyTorch's own search is the quicker one
 GROUPS = 4  # a number to be selected: more bring the bound nearer, but are more to select from
 
 
 def on_cpu(t: Tensor) -> bool:
     """Whether numpy can have it."""
     return t.is_cpu
+
+
+def by_numpy(t: Tensor) -> bool:
+    """Whether it is the quicker one."""
+    return on_cpu(t) and t.numel() > FEW_MARKS and torch.get_num_threads() <= THREADS
 
 
 def above(pre: Tensor, threshold: Tensor, marks: Tensor | None = None) -> Triplets:
@@ -30,16 +35,17 @@ def above(pre: Tensor, threshold: Tensor, marks: Tensor | None = None) -> Triple
 
 def exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
     """Marks of what is above in pre (tokens, features)."""
-    if pre.numel() <= FEW_MARKS or not on_cpu(pre):
+    if not by_numpy(pre):
         return pre > threshold
     return torch.from_numpy(pre.detach().numpy() > threshold.detach().numpy())
 
 
 def gated(pre: Tensor, marks: Tensor, out: Tensor) -> Tensor:
     """The marked entries of pre, 0 in place of the others: put into out, which may be pre itself."""
-    if pre.numel() <= FEW_MARKS or not on_cpu(pre):
+    if not by_numpy(pre):
         return torch.mul(pre, marks, out=out)
-    np.multiply(pre.numpy(), marks.numpy(), out=out.numpy())  # in a third of torch's time
+    with np.errstate(invalid="ignore"):  # of what is not finite
+        np.multiply(pre.numpy(), marks.numpy(), out=out.numpy())
     return out
 
 
@@ -50,7 +56,7 @@ def count(marks: Tensor) -> int:
 
 def marked(pre: Tensor, marks: Tensor) -> Triplets:
     """(rows, columns, values) of the marked entries of a matrix, by row, then by column."""
-    if pre.numel() <= FEW_MARKS or not on_cpu(pre):
+    if not by_numpy(pre):
         rows, columns = marks.nonzero(as_tuple=True)
         return rows, columns, pre[rows, columns]
     at = np.flatnonzero(marks.numpy())
@@ -61,7 +67,7 @@ def marked(pre: Tensor, marks: Tensor) -> Triplets:
 def keep_largest(pre: Tensor, k: int) -> Tensor:
     """pre (..., m) with 0 in place of all but the k largest positive entries of each row. Rows of nan stay so, at k
     entries at least."""
-    if pre.numel() <= FEW_MARKS or not on_cpu(pre) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not by_numpy(pre):
         values, columns = pre.relu().topk(k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, columns, values)
     each = pre.reshape(-1, pre.shape[-1])
@@ -75,7 +81,7 @@ def keep_largest(pre: Tensor, k: int) -> Tensor:
 def largest(pre: Tensor, k: int) -> Triplets:
     """(rows, columns, values) of the k largest positive entries of each row of pre (n, m), or of all that are positive,
     by row, then by column."""
-    if pre.numel() <= FEW_MARKS or not on_cpu(pre):
+    if not by_numpy(pre):
         return _sorted_largest(pre, k)
     rows, columns, values = found = marked(pre, exceeding(pre, _below(pre.detach(), k)))
     counts = np.bincount(rows.numpy(), minlength=len(pre))

@@ -7,12 +7,14 @@ from sae_hooks import kernels
 from sae_hooks.kernels import search, torch_ops
 
 
-@pytest.fixture(params=["numpy", "torch"])
+@pytest.fixture(params=["numpy", "elsewhere", "many threads"])
 def found_by(request, monkeypatch):
-    """Each of the two ways, whatever the size."""
+    """Each way, whatever the size."""
     monkeypatch.setattr(search, "FEW_MARKS", 0)
-    if request.param == "torch":
+    if request.param == "elsewhere":
         monkeypatch.setattr(search, "on_cpu", lambda t: False)
+    if request.param == "many threads":
+        monkeypatch.setattr(search, "THREADS", 0)
     return request.param
 
 
@@ -103,6 +105,19 @@ def test_all_but_the_largest_become_zero_with_their_gradients(found_by, shape):
     assert torch.equal(kept, pre.detach() * mask)
     kept.sum().backward()
     assert torch.equal(pre.grad, mask.float())
+
+
+def test_what_is_not_marked_becomes_zero_in_place_or_elsewhere(found_by):
+    pre = matrix(6, 90)
+    wanted = torch.where(pre > 0.5, pre, 0)
+    pre[1, 4], pre[2, 5], pre[3, 6] = torch.nan, torch.inf, -torch.inf
+    wanted[1, 4], wanted[2, 5], wanted[3, 6] = torch.nan, torch.inf, torch.nan
+    out = torch.empty(6, 100)[:, 5:95]
+    threshold = torch.full((90,), 0.5)
+    search.gated(pre, search.exceeding(pre, threshold), out)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+    search.gated(pre, search.exceeding(pre, threshold), pre)
+    torch.testing.assert_close(pre, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_row_of_nan_stays_seen(found_by):
