@@ -123,10 +123,12 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
-        threshold = self.threshold
-        if threshold is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_grad(x)):
+        if torch.compiler.is_compiling() or self._wants_grad(x):
             return self.gate(self.pre_activations(x))
-        W_rows = self.W_enc.T
+        W_rows, threshold = self.W_enc.T, self.threshold
+        if threshold is None:
+            assert self.k is not None
+            return kernels.keep_largest(self.pre_activations(x), self.k)
         return _shaped(kernels.encode(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc, threshold), x)
 
     def gate(self, pre: Tensor) -> Tensor:
@@ -135,7 +137,8 @@ class SAE(nn.Module):
         if threshold is not None:
             return pre * (pre > threshold)
         assert self.k is not None
-        return kernels.keep_largest(pre, self.k)
+        values, indices = pre.relu().topk(self.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
@@ -153,7 +156,7 @@ class SAE(nn.Module):
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
         rows = self._rows(acts, self.d_sae)
-        if torch.is_grad_enabled() and self._wants_grad(acts):
+        if self._wants_grad(acts):
             dtype = kernels.wide(acts, self.W_dec)
             return _shaped(rows.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype), acts)
         return _shaped(kernels.decode(rows, self.W_dec, self.b_dec), acts)
@@ -167,7 +170,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        if torch.is_grad_enabled() and self._wants_grad(x):
+        if self._wants_grad(x):
             x_hat = self.decode(self.encode(x))
         else:
             W_rows, threshold = self.W_enc.T, self.threshold
@@ -216,7 +219,10 @@ class SAE(nn.Module):
         return self
 
     def _wants_grad(self, x: Tensor) -> bool:
-        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+        """Whether derivatives are asked for, in backward or in forward mode: then plain operations are taken."""
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return True
+        return not torch.compiler.is_compiling() and kernels.has_tangent(x)
 
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """x (..., width) as (n, width)."""

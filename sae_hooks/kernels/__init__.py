@@ -5,7 +5,7 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 
 from .search import Triplets, keep_largest, largest
 from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
-from .tiles import GPU_TOKENS, cast, linear, wide
+from .tiles import GPU_TOKENS, cast, has_tangent, linear, wide
 from .torch_ops import (
     Csr,
     decode,
@@ -32,6 +32,7 @@ __all__ = [
     "encode_sparse",
     "encode_topk",
     "find_above",
+    "has_tangent",
     "keep_largest",
     "largest",
     "linear",

@@ -1,7 +1,7 @@
 """Which entries of a matrix matter: those above a threshold, or the largest of each row.
 
-On CPUs numpy finds them, but where many threads are at hand: in one it compares and multiplies by marks three times as
-quickly as PyTorch does in one, lists them five times, and selects twice.
+On CPUs numpy finds them: in one thread it compares and multiplies by marks three times as quickly as PyTorch, lists
+them five times, and selects twice. But PyTorch takes all threads.
 """
 
 import numpy as np
@@ -40,13 +40,12 @@ def exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.from_numpy(pre.detach().numpy() > threshold.detach().numpy())
 
 
-def gated(pre: Tensor, marks: Tensor, out: Tensor) -> Tensor:
-    """The marked entries of pre, 0 in place of the others: put into out, which may be pre itself."""
+def gated(pre: Tensor, marks: Tensor, out: Tensor | None = None) -> Tensor:
+    """The marked entries of pre, 0 in place of the others: put into out, if it is given, which may be pre itself."""
     if not by_numpy(pre):
         return torch.mul(pre, marks, out=out)
     with np.errstate(invalid="ignore"):  # of what is not finite
-        np.multiply(pre.numpy(), marks.numpy(), out=out.numpy())
-    return out
+        return torch.from_numpy(np.multiply(pre.numpy(), marks.numpy(), out=None if out is None else out.numpy()))
 
 
 def count(marks: Tensor) -> int:
@@ -67,7 +66,7 @@ def marked(pre: Tensor, marks: Tensor) -> Triplets:
 def keep_largest(pre: Tensor, k: int) -> Tensor:
     """pre (..., m) with 0 in place of all but the k largest positive entries of each row. Rows of nan stay so, at k
     entries at least."""
-    if torch.compiler.is_compiling() or not by_numpy(pre):
+    if not by_numpy(pre):
         values, columns = pre.relu().topk(k, dim=-1)
         return torch.zeros_like(pre).scatter(-1, columns, values)
     each = pre.reshape(-1, pre.shape[-1])

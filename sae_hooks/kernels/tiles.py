@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
@@ -28,6 +29,11 @@ def wide(x: Tensor, weights: Tensor) -> torch.dtype:
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), which takes several microseconds also where there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether derivatives along one are asked for, in forward mode."""
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def slices(length: int, most: int) -> Iterator[slice]:
@@ -55,10 +61,10 @@ def is_one_tile(x: Tensor, d_sae: int) -> bool:
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
     None where autograd or torch.compile must know of each tile."""
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
-    if x.device.type != "cpu" or asked or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return bias.new_empty(CPU_SIZE)
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
+    return None if backward or has_tangent(x) else bias.new_empty(CPU_SIZE)
 
 
 def affine(
@@ -98,7 +104,7 @@ def ready(x: Tensor, W_rows: Tensor) -> Tensor:
     """x in the dtype to compute in, or as it is, where it and the weights are of one half dtype and `half_product` is
     the quicker one, on GPUs."""
     halves = x.dtype in HALVES and x.dtype == W_rows.dtype and x.device.type in HALVES_ON
-    if halves and not (torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)):  # gradients: it has none
+    if halves and not (torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)):  # it has no gradients
         return x
     return cast(x, wide(x, W_rows))
 

@@ -22,7 +22,7 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     x = ready(x, W_rows)
     if is_one_tile(x, W_rows.shape[0]):
         pre = affine(x, W_rows, bias)
-        return gated(pre, exceeding(pre, threshold), pre)
+        return gated(pre, exceeding(pre, threshold))
     acts, room = bias.new_empty(len(x), len(W_rows)), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         for f in feature_tiles(x[t], len(W_rows)):

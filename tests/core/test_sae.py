@@ -9,6 +9,7 @@ import torch
 from core import reference
 
 from sae_hooks import SAE, SaeMismatchError
+from sae_hooks.kernels import search, tiles, torch_ops
 
 HALVES = (torch.bfloat16, torch.float16)
 KINDS = {
@@ -255,3 +256,21 @@ def test_a_deep_copy_shares_no_memory_and_keeps_what_the_sae_says_of_itself(sae)
 def test_the_repr_tells_sizes_gate_and_site(random_sae):
     assert "20 -> 90 -> 20, jumprelu, site='model.layers.1.output', torch.float32" in repr(random_sae(20, 90))
     assert "20 -> 90 -> 20, top 4" in repr(random_sae(20, 90, k=4))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("k", [None, 9])
+@pytest.mark.parametrize("way", ["encode", "forward"])
+def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way, k, large, monkeypatch):
+    if large:  # as many tokens and features of a real SAE are taken: in tiles, by the features that are active
+        monkeypatch.setattr(tiles, "CPU_SIZE", 64)
+        monkeypatch.setattr(search, "FEW_MARKS", 0)
+        monkeypatch.setattr(torch_ops, "SMALL", 0)
+    function = getattr(random_sae(20, 90, k=k), way)
+    g = torch.Generator().manual_seed(4)
+    x, along = torch.randn(6, 20, generator=g), torch.randn(6, 20, generator=g)
+    jacobian = torch.autograd.functional.jacobian(function, x)
+    wanted = (jacobian * along).sum((-2, -1))
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (along,))[1], wanted)
