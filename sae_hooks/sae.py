@@ -123,7 +123,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
-        if torch.compiler.is_compiling() or self._wants_grad(x):
+        if torch.compiler.is_compiling() or self._needs_plain(x):
             return self.gate(self.pre_activations(x))
         W_rows, threshold = self.W_enc.T, self.threshold
         if threshold is None:
@@ -137,8 +137,7 @@ class SAE(nn.Module):
         if threshold is not None:
             return pre * (pre > threshold)
         assert self.k is not None
-        values, indices = pre.relu().topk(self.k, dim=-1)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
+        return kernels.topk_gate(pre, self.k)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
@@ -156,7 +155,7 @@ class SAE(nn.Module):
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
         rows = self._rows(acts, self.d_sae)
-        if self._wants_grad(acts):
+        if self._needs_plain(acts):
             dtype = kernels.wide(acts, self.W_dec)
             return _shaped(rows.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype), acts)
         return _shaped(kernels.decode(rows, self.W_dec, self.b_dec), acts)
@@ -170,7 +169,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        if self._wants_grad(x):
+        if self._needs_plain(x):
             x_hat = self.decode(self.encode(x))
         else:
             W_rows, threshold = self.W_enc.T, self.threshold
@@ -218,11 +217,11 @@ class SAE(nn.Module):
                 new.data = old.to(device=new.device, dtype=torch.float32)
         return self
 
-    def _wants_grad(self, x: Tensor) -> bool:
-        """Whether derivatives are asked for, in backward or in forward mode: then plain operations are taken."""
+    def _needs_plain(self, x: Tensor) -> bool:
+        """Whether plain operations must be taken: for gradients, forward-mode derivatives and vmap."""
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return True
-        return not torch.compiler.is_compiling() and kernels.has_tangent(x)
+        return not torch.compiler.is_compiling() and not kernels.is_bare(x)
 
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """x (..., width) as (n, width)."""

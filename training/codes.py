@@ -182,7 +182,7 @@ def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
 
 @torch.no_grad()
 def _found(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None)) -> Triplets:
-    """The pairs of some of the features."""
+    """The pairs that are held, of all features or of some."""
     rows, bias = encoder.W_enc.t()[which], encoder.bias()[which]
     return find_above(x, rows, bias, floor[which], multiply=_multiplied_in(x))
 

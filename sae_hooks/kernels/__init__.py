@@ -3,9 +3,9 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .search import Triplets, keep_largest, largest
+from .search import Triplets, keep_largest, largest, topk_gate
 from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
-from .tiles import GPU_TOKENS, cast, has_tangent, linear, wide
+from .tiles import GPU_TOKENS, cast, is_bare, linear, wide
 from .torch_ops import (
     Csr,
     decode,
@@ -32,7 +32,7 @@ __all__ = [
     "encode_sparse",
     "encode_topk",
     "find_above",
-    "has_tangent",
+    "is_bare",
     "keep_largest",
     "largest",
     "linear",
@@ -41,6 +41,7 @@ __all__ = [
     "reconstruct_topk",
     "stable_order",
     "starts_of",
+    "topk_gate",
     "weighted_sums",
     "wide",
 ]

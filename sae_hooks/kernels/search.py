@@ -63,12 +63,16 @@ def marked(pre: Tensor, marks: Tensor) -> Triplets:
     return rows, columns, pre.reshape(-1).index_select(0, torch.from_numpy(at))  # an index takes four times as long
 
 
+def topk_gate(pre: Tensor, k: int) -> Tensor:
+    """pre (..., m) with 0 in place of all but the k largest positive entries of each row, in plain operations."""
+    values, columns = pre.relu().topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, columns, values)
+
+
 def keep_largest(pre: Tensor, k: int) -> Tensor:
-    """pre (..., m) with 0 in place of all but the k largest positive entries of each row. Rows of nan stay so, at k
-    entries at least."""
+    """The same in the quicker way. Rows of nan stay so, at k entries at least."""
     if not by_numpy(pre):
-        values, columns = pre.relu().topk(k, dim=-1)
-        return torch.zeros_like(pre).scatter(-1, columns, values)
+        return topk_gate(pre, k)
     each = pre.reshape(-1, pre.shape[-1])
     rows, columns, values = largest(each, k)
     kept = torch.zeros_like(each).index_put((rows, columns), values)

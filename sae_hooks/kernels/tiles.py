@@ -31,9 +31,14 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether derivatives along one are asked for, in forward mode."""
-    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+def is_bare(x: Tensor) -> bool:
+    """Whether x is numbers in memory and no more: carries no tangent (forward-mode derivatives), nor stands for other
+    tensors (torch.func.vmap). Only such may be written into memory that is there, or given to numpy."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
 
 
 def slices(length: int, most: int) -> Iterator[slice]:
@@ -64,7 +69,7 @@ def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
-    return None if backward or has_tangent(x) else bias.new_empty(CPU_SIZE)
+    return bias.new_empty(CPU_SIZE) if is_bare(x) and not backward else None
 
 
 def affine(
@@ -118,8 +123,15 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
         return affine(x, W_rows, bias)
-    pre, room = bias.new_empty(len(x), len(W_rows)), room_for_tiles(x, W_rows, bias)
+    pre = x.new_empty(len(x), len(W_rows), dtype=bias.dtype)
+    for t, f, part in affine_tiles(x, W_rows, bias):
+        pre[t, f] = part
+    return pre
+
+
+def affine_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(tokens, features, their pre-activations) of x (n, d_in), `ready`: each until the next one."""
+    room = room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         for f in feature_tiles(x[t], len(W_rows)):
-            pre[t, f] = affine(x[t], W_rows[f], bias[f], room=room)
-    return pre
+            yield t, f, affine(x[t], W_rows[f], bias[f], room=room)

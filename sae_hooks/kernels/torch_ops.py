@@ -7,7 +7,19 @@ from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstru
 from .screen import screened, screens
 from .search import Triplets, above, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import stable_order, weighted_sums
-from .tiles import affine, cast, feature_tiles, is_one_tile, linear, ready, room_for_tiles, slices, token_tiles, wide
+from .tiles import (
+    affine,
+    affine_tiles,
+    cast,
+    feature_tiles,
+    is_one_tile,
+    linear,
+    ready,
+    room_for_tiles,
+    slices,
+    token_tiles,
+    wide,
+)
 
 Csr = tuple[Tensor, Tensor, Tensor]
 TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
@@ -23,11 +35,9 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     if is_one_tile(x, W_rows.shape[0]):
         pre = affine(x, W_rows, bias)
         return gated(pre, exceeding(pre, threshold))
-    acts, room = bias.new_empty(len(x), len(W_rows)), room_for_tiles(x, W_rows, bias)
-    for t in token_tiles(x):
-        for f in feature_tiles(x[t], len(W_rows)):
-            pre = affine(x[t], W_rows[f], bias[f], room=room)
-            gated(pre, exceeding(pre, threshold[f]), acts[t, f])
+    acts = bias.new_empty(len(x), len(W_rows))
+    for t, f, pre in affine_tiles(x, W_rows, bias):
+        gated(pre, exceeding(pre, threshold[f]), acts[t, f])
     return acts
 
 
@@ -184,7 +194,7 @@ def _sparse_or_dense(
 
 
 def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, 1): 0 for each token of x (n, d_in), but nan for those that are not finite, of which no feature is active."""
+    """(n, 1): 0 for the tokens of x (n, d_in) that are finite, nan for the others, which a search would hide."""
     return x.sum(1, keepdim=True, dtype=dtype).mul_(0)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from core import reference
+from torch.autograd import forward_ad
 
 from sae_hooks import SAE, SaeMismatchError
 from sae_hooks.kernels import search, tiles, torch_ops
@@ -258,15 +259,19 @@ def test_the_repr_tells_sizes_gate_and_site(random_sae):
     assert "20 -> 90 -> 20, top 4" in repr(random_sae(20, 90, k=4))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("k", [None, 9])
-@pytest.mark.parametrize("way", ["encode", "forward"])
-def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way, k, large, monkeypatch):
-    if large:  # as many tokens and features of a real SAE are taken: in tiles, by the features that are active
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request, monkeypatch):
+    """The way that many tokens and features are taken: in tiles, by the features that are active."""
+    if request.param:
         monkeypatch.setattr(tiles, "CPU_SIZE", 64)
         monkeypatch.setattr(search, "FEW_MARKS", 0)
         monkeypatch.setattr(torch_ops, "SMALL", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
+@pytest.mark.parametrize("k", [None, 9])
+@pytest.mark.parametrize("way", ["encode", "forward"])
+def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way, k, large):
     function = getattr(random_sae(20, 90, k=k), way)
     g = torch.Generator().manual_seed(4)
     x, along = torch.randn(6, 20, generator=g), torch.randn(6, 20, generator=g)
@@ -274,3 +279,14 @@ def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way
     wanted = (jacobian * along).sum((-2, -1))
     assert wanted.abs().max() > 0.1
     torch.testing.assert_close(torch.func.jvp(function, (x,), (along,))[1], wanted)
+    with forward_ad.dual_level():
+        _, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, along)))
+    torch.testing.assert_close(tangent, wanted)
+
+
+@pytest.mark.parametrize("k", [None, 9])
+@pytest.mark.parametrize("way", ["encode", "forward", "pre_activations"])
+def test_vmap_gives_what_the_rows_give(random_sae, way, k, large):
+    function = getattr(random_sae(20, 90, k=k), way)
+    x = torch.randn(5, 6, 20, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(torch.func.vmap(function)(x), function(x))
