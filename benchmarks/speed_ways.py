@@ -333,12 +333,13 @@ def as_it_lies(t: Tensor) -> Tensor:
 
 
 def gradients(step: Step) -> dict[str, Tensor]:
-    """The loss, and the gradients by name with W_enc's feature-major, of one backward pass."""
+    """The loss, and the gradients by name with W_enc's feature-major, of one backward pass; without those that it does
+    not make."""
     leaves, backward = step
     loss = backward()
     shape = leaves["W_dec"].shape
-    found = {name: leaf.grad for name, leaf in leaves.items()}
-    if found["W_enc"].shape != shape:
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    if "W_enc" in found and found["W_enc"].shape != shape:
         found["W_enc"] = found["W_enc"].t()
     return {"loss": loss, **found}
 

@@ -19,7 +19,7 @@ from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import like
 from .parallel import ALONE, REPLICATED, USUAL, Parallel, feature_first
-from .row_adam import ROWS_ON, RowAdam
+from .row_adam import RowAdam, suits
 
 BLOCK = 2**17  # numbers of a matrix that a CPU's cache holds from one pass to the next
 REMEMBER = 0.99  # of the gradients' usual length, a step
@@ -130,7 +130,7 @@ class Learner:
     def _row_adam(self) -> RowAdam | None:
         """What moves the matrices in place of torch's Adam, where that is exact and the quicker one."""
         whole = self.parallel.batches == 1 and self.trainee.clip is None  # nobody asks for their gradients
-        if self.trainee.betas[0] != 0 or not whole or self.sae.device.type not in ROWS_ON:
+        if self.trainee.betas[0] != 0 or not whole or not suits(self.sae.device):
             return None
         return RowAdam({"W_enc": self.sae.W_enc.detach().T, "W_dec": self.sae.W_dec.detach()}, self.trainee.betas[1],
                        self.trainee.adam_eps)
@@ -292,7 +292,7 @@ class Learner:
         for name, moved in self.moved.items():
             found |= {f"adam.{name}.{key}": feature_first(name, t)
                       for key, t in self.optimizer.state.get(moved, {}).items()}
-        if self.rows:
+        if self.rows and self.rows.steps:
             for name, square in self.rows.moments().items():
                 found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps)),
                           f"adam.{name}.exp_avg_sq": feature_first(name, square)}

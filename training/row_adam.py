@@ -1,9 +1,10 @@
-"""Adam without momentum that writes only the rows of features with a gradient, straight from that gradient's factors.
+"""Adam without momentum, straight from the factors of the matrices' gradients, which are never made.
 
-Gemma Scope and the paper take beta1 = 0, and then it is exact: where the gradient is 0, Adam leaves the weight and lets
-its second moment decay, which is made up for when the feature next has one. Neither gradients nor first moments of
-(d_sae, d) exist: 8 bytes a weight in memory in place of 16. On CPUs torch's fused Adam is the quicker one, unless a
-tenth of the features or fewer are active in a batch.
+Gemma Scope and the paper take beta1 = 0. Then neither gradients nor first moments of (d_sae, d) need exist: 8 bytes a
+weight in memory in place of 16. On GPUs only the rows of features with a gradient are written, which is exact: where
+the gradient is 0, Adam leaves the weight and lets its second moment decay, which is made up for when the feature next
+has one. On CPUs that would be quicker only if a tenth of the features or fewer were active in a batch. There torch's
+fused Adam moves all rows, a block at a time, and each block's gradient is used up while it is in the cache.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
-from sae_hooks.kernels import adam_rows, weighted_sums
+from sae_hooks.kernels import adam_rows, slices, weighted_sums
 
 from .codes import Factor, Factors
 
-ROWS_ON = ("cuda",)  # kinds of device where it is what a training takes
+ROWS_ON, BLOCKS_ON = ("cuda",), ("cpu",)  # kinds of device where single rows are moved, and blocks of all rows
+BLOCK = 2**19  # numbers: 2 MB
+
+
+def suits(device: torch.device) -> bool:
+    """Whether a training on this device takes RowAdam."""
+    return device.type in (*ROWS_ON, *BLOCKS_ON)
 
 
 class RowAdam:
@@ -34,12 +42,35 @@ class RowAdam:
         one. unit: names of those whose rows keep norm 1, the gradient's part along the row taken off."""
         self.steps += 1
         for name, weight in self.weights.items():
-            factor = _joined(factors.get(name, []), dense.get(name))
-            if factor is None:
-                continue
+            move = self._blocks if weight.device.type in BLOCKS_ON else self._rows
+            move(name, factors.get(name, []), dense.get(name), rate, name in unit)
+
+    def _rows(self, name: str, factors: Sequence[Factor], dense: Tensor | None, rate: float, unit: bool) -> None:
+        """Move the rows that have a gradient."""
+        factor = _joined(factors, dense)
+        if factor is not None:
             features = (factor.starts[1:] > factor.starts[:-1]).nonzero().view(-1)
-            adam_rows(weight, self.square[name], self.last[name], features, *factor, step=self.steps, rate=rate,
-                      beta2=self.beta2, eps=self.eps, unit=name in unit)
+            adam_rows(self.weights[name], self.square[name], self.last[name], features, *factor, step=self.steps,
+                      rate=rate, beta2=self.beta2, eps=self.eps, unit=unit)
+
+    def _blocks(self, name: str, factors: Sequence[Factor], dense: Tensor | None, rate: float, unit: bool) -> None:
+        """Move all rows, block by block."""
+        weight, square = self.weights[name], self.square[name]
+        size = max(BLOCK // weight.shape[1], 1)
+        first_moment = torch.zeros_like(weight[:size])  # what Adam leaves there is the block's gradient
+        for block in slices(len(weight), size):
+            w = weight[block]
+            grad = _total([_of(block, factor) for factor in factors], None if dense is None else dense[block])
+            if grad is None:
+                grad = torch.zeros_like(w)
+            if unit:
+                grad -= (grad * w).sum(1, keepdim=True) * w
+            adam([w], [grad], [first_moment[:len(w)]], [square[block]], [], [torch.tensor(self.steps - 1.0)],
+                 fused=True, amsgrad=False, beta1=0.0, beta2=self.beta2, lr=rate, weight_decay=0.0, eps=self.eps,
+                 maximize=False)
+            if unit:
+                w /= w.norm(dim=1, keepdim=True)
+        self.last[name].fill_(self.steps)
 
     @torch.no_grad()
     def moments(self) -> dict[str, Tensor]:
@@ -61,9 +92,22 @@ class RowAdam:
 
 def _joined(factors: Sequence[Factor], dense: Tensor | None) -> Factor | None:
     """The sum of gradients as one factor."""
-    if dense is None and len(factors) <= 1:
-        return factors[0] if factors else None
-    parts = [weighted_sums(*factor) for factor in factors] + ([] if dense is None else [dense])
-    total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    if dense is None and len(factors) == 1:
+        return factors[0]
+    if (total := _total(factors, dense)) is None:
+        return None
     each = torch.arange(len(total) + 1, dtype=torch.int32, device=total.device)
     return Factor(each, each[:-1], torch.ones_like(total[:, 0]), total)
+
+
+def _total(factors: Sequence[Factor], dense: Tensor | None) -> Tensor | None:
+    """The sum of gradients (n, d), if there are any."""
+    parts = [weighted_sums(*factor) for factor in factors] + ([] if dense is None else [dense])
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _of(rows: slice, factor: Factor) -> Factor:
+    """The factor of some rows of a gradient."""
+    starts = factor.starts[rows.start:rows.stop + 1]
+    first, last = int(starts[0]), int(starts[-1])
+    return Factor(starts - first, factor.ids[first:last], factor.weights[first:last], factor.table)

@@ -63,7 +63,7 @@ def test_decoder_rows_have_norm_1_after_each_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNIT)
 def test_the_gradient_that_adam_sees_is_orthogonal_to_each_decoder_row(name: str) -> None:
-    learner = Learner(replace(TRAINEES[name], learning_rate=0.0), SITES)
+    learner = Learner(replace(TRAINEES[name], learning_rate=0.0, betas=(0.9, 0.999)), SITES)
     learner.start(batches(1)[0])
     before = learner.sae.W_dec.detach().clone()
 

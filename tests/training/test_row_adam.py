@@ -1,4 +1,5 @@
-"""Adam by rows is torch's Adam: the same weights, from the same states, whatever form the gradients have."""
+"""RowAdam, row by row and block by block, is torch's Adam: the same weights, from the same states, whatever form the
+gradients have."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_hooks.training import JumpReLU, TrainConfig, Trainee, train
+from sae_hooks.training import JumpReLU, TrainConfig, Trainee, row_adam, train
 from sae_hooks.training import learner as learning
 from sae_hooks.training.codes import Factor
 from sae_hooks.training.learner import Learner
@@ -23,9 +24,20 @@ from . import streams
 TRAINEES = [trainee for trainee in streams.trainees() if not trainee.bf16]
 
 
-@pytest.fixture
-def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "ROWS_ON", ("cpu", "cuda"))
+WAYS = {"rows": (("cpu",), ()), "blocks": ((), ("cpu",)), "torch's": ((), ())}
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kinds in zip(("ROWS_ON", "BLOCKS_ON"), WAYS[way], strict=True):
+        monkeypatch.setattr(row_adam, name, kinds)
+
+
+@pytest.fixture(params=["rows", "blocks"])
+def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of our ways, in blocks of a few rows."""
+    take(request.param, monkeypatch)
+    monkeypatch.setattr(row_adam, "BLOCK", 100)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -62,12 +74,12 @@ def close(ours: Learner, theirs: Learner) -> None:
 
 
 @pytest.mark.parametrize("unit", [False, True])
-def test_sparse_dense_and_summed_gradients_move_weights_as_torch_does(unit: bool) -> None:
+def test_sparse_dense_and_summed_gradients_move_weights_as_torch_does(unit: bool, ours: str) -> None:
     random = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(30, 6, generator=random, dtype=torch.float64), dim=1)
     plain = rows.clone().requires_grad_()
     adam = torch.optim.Adam([plain], lr=1e-2, betas=(0.0, 0.99))
-    ours = RowAdam({"W": rows}, 0.99, 1e-8)
+    moving = RowAdam({"W": rows}, 0.99, 1e-8)
     for step in range(40):
         factors = [factor(random, active=step % 7) for _ in range(step % 3)]
         dense = torch.randn(30, 6, generator=random, dtype=torch.float64) if step % 5 == 0 else None
@@ -79,9 +91,9 @@ def test_sparse_dense_and_summed_gradients_move_weights_as_torch_does(unit: bool
             adam.step()
             if unit:
                 plain /= plain.norm(dim=1, keepdim=True)
-        ours.step({"W": factors}, {"W": dense}, 1e-2, ["W"] if unit else [])
+        moving.step({"W": factors}, {"W": dense}, 1e-2, ["W"] if unit else [])
         torch.testing.assert_close(rows, plain.detach(), rtol=0, atol=1e-13)
-    torch.testing.assert_close(ours.moments()["W"], adam.state[plain]["exp_avg_sq"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(moving.moments()["W"], adam.state[plain]["exp_avg_sq"], rtol=1e-12, atol=0)
 
 
 def factor(random: torch.Generator, active: int) -> Factor:
@@ -104,21 +116,21 @@ def written_out(f: Factor) -> Tensor:
 
 
 @pytest.mark.parametrize("trainee", TRAINEES, ids=lambda t: t.name)
-def test_every_objective_is_trained_alike(trainee: Trainee, shards: Path, by_rows: None) -> None:
-    ours = stepped(shards, exact(trainee), 6)
-    assert ours.rows is not None
-    assert "W_enc" not in {n.split(".")[1] for n in ours.state() if n.endswith("exp_avg")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "ROWS_ON", ())
-        plain = stepped(shards, exact(trainee), 6)
+def test_every_objective_is_trained_alike(trainee: Trainee, shards: Path, ours: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = stepped(shards, exact(trainee), 6)
+    assert moved.rows is not None
+    assert "W_enc" not in {n.split(".")[1] for n in moved.state() if n.endswith("exp_avg")}
+    take("torch's", monkeypatch)
+    plain = stepped(shards, exact(trainee), 6)
     assert plain.rows is None
-    close(ours, plain)
+    close(moved, plain)
 
 
 @pytest.mark.parametrize("trainee", TRAINEES, ids=lambda t: t.name)
 def test_torch_s_adam_moves_the_sae_s_own_memory_as_it_lies(trainee: Trainee, shards: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "ROWS_ON", ())
+    take("torch's", monkeypatch)
     learner = stepped(shards, exact(trainee), 2)
 
     assert learner.moved.keys() == learner.trained.keys()
@@ -130,37 +142,47 @@ def test_torch_s_adam_moves_the_sae_s_own_memory_as_it_lies(trainee: Trainee, sh
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @pytest.mark.parametrize("pre_bias", [False, True])
-def test_both_forms_and_the_pre_encoder_bias(form: str, pre_bias: bool, shards: Path, by_rows: None,
+def test_both_forms_and_the_pre_encoder_bias(form: str, pre_bias: bool, shards: Path, ours: str,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     objective: Objective = JumpReLU(l0=4, bandwidth=0.3, pre_bias=pre_bias)
     monkeypatch.setattr(learning, "Batch", partial(learning.Batch, form=form))
-    ours = stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6)
-    assert ours.rows is not None
-    assert (ours.sae.W_enc.grad is None) == (form == "sparse"), "a gradient of the matrix was made"
-    monkeypatch.setattr(learning, "ROWS_ON", ())
-    close(ours, stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6))
+    moved = stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6)
+    assert moved.rows is not None
+    assert (moved.sae.W_enc.grad is None) == (form == "sparse"), "a gradient of the matrix was made"
+    take("torch's", monkeypatch)
+    close(moved, stepped(shards, exact(replace(TRAINEES[0], objective=objective)), 6))
 
 
-@pytest.mark.parametrize("saved_by_rows", [True, False])
-def test_a_state_goes_on_under_the_other_optimiser(saved_by_rows: bool, shards: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_blocks_are_torch_s_adam_to_the_bit(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for way in ("blocks", "torch's"):
+        take(way, monkeypatch)
+        states.append(stepped(shards, exact(TRAINEES[0]), 6).state())
+    blocks, plain = states
+    assert {name for name, t in blocks.items() if isinstance(t, Tensor) and not torch.equal(t, plain[name])} == set()
+
+
+@pytest.mark.parametrize(("before", "after"), [("rows", "torch's"), ("blocks", "torch's"), ("torch's", "rows"),
+                                               ("torch's", "blocks"), ("rows", "blocks"), ("blocks", "rows")])
+def test_a_state_goes_on_under_another_way(before: str, after: str, shards: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     trainee = exact(TRAINEES[0])
-    kinds = [("cpu",), ()] if saved_by_rows else [(), ("cpu",)]
-    monkeypatch.setattr(learning, "ROWS_ON", kinds[0])
+    take(before, monkeypatch)
     learner = stepped(shards, trainee, 4)
     state = {name: t.clone() if isinstance(t, Tensor) else t for name, t in learner.state().items()}
-    monkeypatch.setattr(learning, "ROWS_ON", kinds[1])
+    take(after, monkeypatch)
     other = stepped(shards, trainee, 1)
     other.load(state)
     stream = streams.cached(shards)
     for step in range(4, 8):
         rows = stream.next(40)
-        for each in (learner, other):
+        for way, each in ((before, learner), (after, other)):
+            take(way, monkeypatch)
             each.update(rows, step, 1.0)
     close(other, learner)
 
 
-def test_telling_its_state_does_not_change_where_a_training_goes(shards: Path, by_rows: None) -> None:
+def test_telling_its_state_does_not_change_where_a_training_goes(shards: Path, ours: str) -> None:
     watched, alone = (Learner(exact(TRAINEES[0]), streams.cached(shards).sites) for _ in range(2))
     stream = streams.cached(shards)
     for step in range(6):
@@ -174,16 +196,16 @@ def test_telling_its_state_does_not_change_where_a_training_goes(shards: Path, b
 
 
 @pytest.mark.parametrize("change", [{"betas": (0.9, 0.999)}, {"clip": 2.0}], ids=str)
-def test_momentum_and_clipping_need_the_whole_gradients(change: dict[str, Any], shards: Path, by_rows: None) -> None:
+def test_momentum_and_clipping_need_the_whole_gradients(change: dict[str, Any], shards: Path, ours: str) -> None:
     learner = stepped(shards, replace(exact(TRAINEES[0]), **change), 1)
     assert learner.rows is None
     assert learner.sae.W_enc.grad is not None
 
 
-def test_a_whole_training_comes_out_the_same(shards: Path, by_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_training_comes_out_the_same(shards: Path, ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=8, batch_size=40, warmup=3, report_every=4)
-    ours = train(streams.cached(shards), [exact(TRAINEES[0])], config, progress=False)[TRAINEES[0].name]
-    monkeypatch.setattr(learning, "ROWS_ON", ())
+    moved = train(streams.cached(shards), [exact(TRAINEES[0])], config, progress=False)[TRAINEES[0].name]
+    take("torch's", monkeypatch)
     plain = train(streams.cached(shards), [exact(TRAINEES[0])], config, progress=False)[TRAINEES[0].name]
-    for name, t in streams.tensors(ours).items():
+    for name, t in streams.tensors(moved).items():
         torch.testing.assert_close(t, streams.tensors(plain)[name], rtol=2e-4, atol=2e-6)

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from sae_hooks.kernels import segments, triton_ops
 from sae_hooks.training import learner as learning
+from sae_hooks.training import row_adam
 from sae_hooks.training.learner import Learner
 
 from . import streams
@@ -54,7 +55,8 @@ def test_gradients_are_those_written_out_by_hand(name: str, flaw: str | None, ke
 def test_a_training_is_that_of_pytorch_operations(rows: tuple[str, ...], tmp_path: Path, kernels: list[str],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     shards, trainee = streams.store(tmp_path / "shards", rows=100), replace(streams.trainees()[0], betas=(0.0, 0.99))
-    monkeypatch.setattr(learning, "ROWS_ON", rows)
+    monkeypatch.setattr(row_adam, "ROWS_ON", rows)
+    monkeypatch.setattr(row_adam, "BLOCKS_ON", ())
     ours = stepped(shards, trainee)
     assert ("adam_rows" in kernels) == bool(rows)
     monkeypatch.setattr(segments, "TRITON_ON", ())
