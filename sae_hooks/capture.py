@@ -85,17 +85,17 @@ class _Documents:
 
 def _features(sae: SAE, x: Tensor, chosen: Tensor, now: Pass, first: int) -> tuple[SparseFeatures, Tensor]:
     """Rows for the tokens of x (..., d) that are not padding, empty where not chosen; and the column of each."""
-    flat, chosen = x.flatten(0, -2), chosen.flatten()
-    indptr, indices, values = sae.encode_sparse(flat[chosen])
+    flat, at = x.flatten(0, -2), chosen.flatten().nonzero().view(-1)
+    indptr, indices, values = sae.encode_sparse(flat[at])
     counts = torch.zeros(len(flat), dtype=indptr.dtype, device=x.device)
-    counts[chosen] = indptr.diff()
-    doc, position, token, column = _provenance(now, x)
-    padding = now.keep()
-    keep = torch.ones_like(chosen) if padding is None else padding.to(x.device).flatten()
-    counts = counts[keep]
+    counts[at] = indptr.diff()
+    rows = [counts, *_provenance(now, x)]
+    if (real := now.keep()) is not None:
+        kept = real.to(x.device).flatten().nonzero().view(-1)
+        rows = [t[kept] for t in rows]
+    counts, doc, position, token, column = rows
     indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    made = SparseFeatures(indptr, indices, values, sae.d_sae, doc[keep] + first, position[keep], token[keep])
-    return made, column[keep]
+    return SparseFeatures(indptr, indices, values, sae.d_sae, doc + first, position, token), column
 
 
 def _provenance(now: Pass, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,7 +105,7 @@ def _provenance(now: Pass, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if now.shape is None:
         places = torch.arange(length, device=x.device).repeat(batch)
         return rows, places, torch.full_like(rows, -1), places
-    ids = torch.full_like(rows, -1) if now.ids is None else now.ids.to(x.device).flatten().long()
+    ids = torch.full_like(rows, -1) if now.ids is None else now.ids.to(x.device, torch.int64, copy=True).flatten()
     return rows, now.positions(x.device).flatten(), ids, now.columns(x.device).repeat(batch)
 
 

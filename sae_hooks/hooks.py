@@ -249,9 +249,9 @@ def _reconstructions_first(request: Request) -> bool:
 def _splice(new: Tensor, request: Request, source: Tensor, chosen: Tensor) -> Tensor:
     """Put what is rebuilt from source[chosen] in place of new[chosen]; returns a new tensor."""
     assert isinstance(request, SpliceRequest)
-    sae = request.slot.on(new.device)
-    rebuilt = request.rebuild(sae, source[chosen].to(new.dtype), new[chosen]).to(new.dtype)
-    return new.index_put(tuple(chosen.nonzero(as_tuple=True)), rebuilt)
+    sae, at = request.slot.on(new.device), chosen.nonzero(as_tuple=True)  # an index of marks would wait for a GPU anew
+    rebuilt = request.rebuild(sae, source[at].to(new.dtype), new[at]).to(new.dtype)
+    return new.index_put(at, rebuilt)
 
 
 def _topk_acts(request: EditRequest, x: Tensor) -> Tensor:

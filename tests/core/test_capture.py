@@ -117,6 +117,14 @@ def test_features_are_those_before_the_edits_at_their_site_and_after_those_at_ea
     assert not torch.allclose(dense(before[SITE]), dense(clean[SITE]))
 
 
+def test_what_becomes_of_the_ids_later_changes_nothing_that_was_captured(attached):
+    ids = IDS[1:].clone()
+    with attached.saes.capture() as captured:
+        attached(input_ids=ids)
+    ids.zero_()
+    assert captured[SITE].token_id.tolist() == IDS[1:].flatten().tolist()
+
+
 def test_several_saes_are_captured_at_once_or_one_by_its_layer(model, sae):
     others = [made_for(model, "transcoder", 0), made_for(model, "attn_out", 2)]
     attach_saes(attach_saes(model, sae), {other.site: other for other in others})
