@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import edits, sites
+from . import edits, kernels, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
-from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, reconstruct
 from .tokens import GUIDED, PACKED, Generation
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -249,7 +249,11 @@ def _reconstructions_first(request: Request) -> bool:
 def _splice(new: Tensor, request: Request, source: Tensor, chosen: Tensor) -> Tensor:
     """Put what is rebuilt from source[chosen] in place of new[chosen]; returns a new tensor."""
     assert isinstance(request, SpliceRequest)
-    sae, at = request.slot.on(new.device), chosen.nonzero(as_tuple=True)  # an index of marks would wait for a GPU anew
+    sae = request.slot.on(new.device)
+    few = not torch.is_grad_enabled() and kernels.is_little(new.flatten(0, -2), sae.W_dec)
+    if few and request.rebuild is reconstruct:  # a decoding step: asking a GPU where what is chosen lies takes longer
+        return torch.where(chosen.unsqueeze(-1), sae(source.to(new.dtype)), new)
+    at = chosen.nonzero(as_tuple=True)
     rebuilt = request.rebuild(sae, source[at].to(new.dtype), new[at]).to(new.dtype)
     return new.index_put(at, rebuilt)
 

@@ -101,7 +101,7 @@ def reconstruct(
     """
     dtype = wide(x, W_rows)
     x, bias, b_dec = ready(x, W_rows), cast(bias, dtype), cast(b_dec, dtype)
-    if _is_little(x, W_dec):
+    if is_little(x, W_dec):
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, len(W_rows)):
@@ -128,7 +128,7 @@ def reconstruct(
 )
 def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """The same, of the k largest positive pre-activations of each row; holds no more of them than `encode_topk`."""
-    if _is_little(x, W_dec):
+    if is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
     return decode_sparse(*encode_topk(x, W_rows, bias, k), W_dec, b_dec).add_(_nothing(x, wide(x, W_rows)))
@@ -139,7 +139,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """x_hat (n, d_out), float32 or wider, of acts (n, d_sae): by the rows of the active features, or by a dense product
     where that is the quicker way. No gradients."""
     dtype = wide(acts, W_dec)
-    if _is_little(acts, W_dec):
+    if is_little(acts, W_dec):
         return _dense(cast(b_dec, dtype), cast(acts, dtype), W_dec)
     out = cast(b_dec, dtype).repeat(len(acts), 1)
     for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
@@ -198,8 +198,8 @@ def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(1, keepdim=True, dtype=dtype).mul_(0)
 
 
-def _is_little(x: Tensor, W_dec: Tensor) -> bool:
-    """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first."""
+def is_little(x: Tensor, W_dec: Tensor) -> bool:
+    """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first: no GPU is waited for."""
     return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
 
 
