@@ -199,7 +199,7 @@ def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_little(x: Tensor, W_dec: Tensor) -> bool:
-    """Whether decoding the tokens of x (n, ...) is too little for anything to be counted first: no GPU is waited for."""
+    """Whether decoding the tokens of x (n, ...) is too little for counting first what is active. No GPU waits then."""
     return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
 
 
