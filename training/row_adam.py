@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from sae_hooks.kernels import adam_rows, slices, weighted_sums
+from sae_hooks.kernels import adam_rows, remove_along, slices, weighted_sums
 
 from .codes import Factor, Factors
 
@@ -64,7 +64,7 @@ class RowAdam:
             if grad is None:
                 grad = torch.zeros_like(w)
             if unit:
-                grad -= (grad * w).sum(1, keepdim=True) * w
+                remove_along(grad, w)
             adam([w], [grad], [first_moment[:len(w)]], [square[block]], [], [torch.tensor(self.steps - 1.0)],
                  fused=True, amsgrad=False, beta1=0.0, beta2=self.beta2, lr=rate, weight_decay=0.0, eps=self.eps,
                  maximize=False)

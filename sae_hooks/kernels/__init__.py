@@ -4,7 +4,7 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 """
 
 from .search import Triplets, keep_largest, largest, topk_gate
-from .segments import adam_rows, dots, stable_order, starts_of, weighted_sums
+from .segments import adam_rows, dots, remove_along, stable_order, starts_of, weighted_sums
 from .tiles import GPU_TOKENS, cast, is_bare, linear, slices, wide
 from .torch_ops import (
     Csr,
@@ -41,6 +41,7 @@ __all__ = [
     "nonzero_csr",
     "reconstruct",
     "reconstruct_topk",
+    "remove_along",
     "slices",
     "stable_order",
     "starts_of",

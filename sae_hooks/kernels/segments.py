@@ -107,6 +107,12 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
     return sampled
 
 
+def remove_along(grad: Tensor, rows: Tensor) -> None:
+    """Take from each row of grad (n, d), in place, its part along the same of rows (n, d), which have norm 1 (Gemma
+    Scope 1, 3.2)."""
+    grad -= (grad * rows).sum(1, keepdim=True) * rows
+
+
 def adam_rows(
     weight: Tensor,
     square: Tensor,
@@ -137,7 +143,7 @@ def adam_rows(
         return
     grad, w = weighted_sums(starts, ids, weights, table)[features], weight[features]
     if unit:
-        grad = grad - (grad * w).sum(1, keepdim=True) * w
+        remove_along(grad, w)
     decay = torch.pow(torch.tensor(beta2, dtype=w.dtype, device=w.device), step - last[features])[:, None]
     v = square[features] * decay + (1 - beta2) * grad.square()
     w = w - rate * grad / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
