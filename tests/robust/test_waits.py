@@ -20,6 +20,8 @@ def waits(func, args, kwargs):
     """Whether the CPU must know numbers of its tensors before it can go on."""
     if func in INDEXING:
         return any(index is not None and index.dtype == torch.bool for index in args[1])
+    if func is aten.copy_.default:
+        return args[0].device.type == "cpu"
     return func in ASKING or (func is aten._to_copy.default and str(kwargs.get("device")).startswith("cpu"))
 
 
@@ -38,7 +40,15 @@ def waited(monkeypatch):
             found[str(func)] += 1
         return run(func, args, kwargs)
 
+    def read(name):
+        def asking(tensor):
+            found[name] += 1
+            return getattr(tensor.raw, name)()
+        return asking
+
     monkeypatch.setattr(fakegpu, "run", counted)
+    for name in ("item", "tolist"):
+        monkeypatch.setattr(fakegpu.FakeTensor, name, read(name))
     with torch.no_grad(), fakegpu.fake_gpus():
         yield found
 
