@@ -294,7 +294,7 @@ def our_step(data: Data) -> Step:
     return leaves, backward
 
 
-def our_update(data: Data, k: int | None = None) -> Step:
+def our_update(data: Data, k: int | None = None) -> tuple[Learner, Callable[[], Tensor]]:
     """The whole of Learner.update: gradients of the decoder projected, its rows kept at norm 1, features counted. k: of
     TopK, in place of JumpReLU."""
     objective: Objective = JumpReLU(sparsity=SPARSITY, bandwidth=data.bandwidth)
@@ -308,7 +308,7 @@ def our_update(data: Data, k: int | None = None) -> Step:
             source = getattr(data, name)
             learner.trained[name].copy_(source.t() if name == "W_enc" else source)
     steps = iter(range(10**9))
-    return learner.trained, lambda: learner.update({SITE: data.x}, next(steps), 1.0).total.detach()
+    return learner, lambda: learner.update({SITE: data.x}, next(steps), 1.0).total.detach()
 
 
 def with_adam(step: Step) -> Call:
@@ -333,13 +333,12 @@ def as_it_lies(t: Tensor) -> Tensor:
 
 
 def gradients(step: Step) -> dict[str, Tensor]:
-    """The loss, and the gradients by name with W_enc's feature-major, of one backward pass; without those that it does
-    not make."""
+    """The loss, and the gradients by name with W_enc's feature-major, of one backward pass."""
     leaves, backward = step
     loss = backward()
     shape = leaves["W_dec"].shape
-    found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    if "W_enc" in found and found["W_enc"].shape != shape:
+    found = {name: leaf.grad for name, leaf in leaves.items()}
+    if found["W_enc"].shape != shape:
         found["W_enc"] = found["W_enc"].t()
     return {"loss": loss, **found}
 
