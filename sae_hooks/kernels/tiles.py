@@ -6,7 +6,7 @@ half-precision matrix products are 5 to 14 times slower than float32 on CPUs wit
 halves by halves as they are, which is exact, and sum in float32. torch.autocast changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
-FEW = 128  # tokens, up to which, but for one, the BLAS is the faster one with sides swapped (3 times at 4 tokens) ...
-LARGE = 2**22  # ... where the rows are too many numbers for the caches
+CPU_WIDENED, GPU_WIDENED = 2**21, 2**27  # numbers of half-precision rows that are widened together
+LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
+FEW = 128  # tokens, up to which MKL is quicker with sides swapped (3 times at 4 tokens) ...
+THIN = range(5, 65)  # ... but for these, and for one, oneDNN is quicker still: twice at 16 tokens
+ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
 
@@ -52,24 +55,34 @@ def token_tiles(x: Tensor) -> Iterator[slice]:
     return slices(len(x), CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
 
 
-def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
-    """The features that are taken together for a tile of tokens x (n, d_in)."""
-    return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
+def feature_tiles(x: Tensor, W_rows: Tensor) -> Iterator[slice]:
+    """The features that are taken together for a tile of tokens x (n, d_in), `ready`."""
+    size, widened = (CPU_SIZE, CPU_WIDENED) if x.device.type == "cpu" else (GPU_SIZE, GPU_WIDENED)
+    most = size // max(len(x), 1)
+    if W_rows.dtype != x.dtype:
+        most = min(most, max(widened // W_rows.shape[1], 1))
+    return slices(len(W_rows), most)
 
 
-def is_one_tile(x: Tensor, d_sae: int) -> bool:
-    """Whether all tokens of x (n, d_in) and all features are taken together."""
-    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.is_cpu else (GPU_TOKENS, GPU_SIZE)
-    return 0 < x.shape[0] <= tokens and x.shape[0] * d_sae <= size
+def is_one_tile(x: Tensor, W_rows: Tensor) -> bool:
+    """Whether all tokens of x (n, d_in), `ready`, and all features are taken together."""
+    tokens, size, widened = (CPU_TOKENS, CPU_SIZE, CPU_WIDENED) if x.is_cpu else (GPU_TOKENS, GPU_SIZE, GPU_WIDENED)
+    few = 0 < x.shape[0] <= tokens and x.shape[0] * W_rows.shape[0] <= size
+    return few and (W_rows.dtype == x.dtype or W_rows.numel() <= widened)
+
+
+def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
+    """Whether neither autograd nor torch.compile nor torch.func must know what is done with these."""
+    if torch.compiler.is_compiling():
+        return False
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
+    return not backward and all(map(is_bare, (x, W_rows, bias)))
 
 
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
-    None where autograd or torch.compile must know of each tile."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
-    return bias.new_empty(CPU_SIZE) if is_bare(x) and not backward else None
+    None where somebody must know of each tile."""
+    return bias.new_empty(CPU_SIZE) if x.is_cpu and is_untraced(x, W_rows, bias) else None
 
 
 def affine(
@@ -87,11 +100,23 @@ def affine(
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     rows = cast(rows, x.dtype)
-    if rows.numel() >= LARGE and 1 < len(x) <= FEW and x.is_cpu:
-        return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
+    if rows.numel() >= LARGE and 0 < len(x) <= FEW and x.is_cpu:
+        return affine_of_few(x, rows, bias)
     if room is not None:
         shape = len(x), len(rows)
         return torch.addmm(bias, x, rows.T, out=room[:shape[0] * shape[1]].view(shape))
+    return F.linear(x, rows, bias)
+
+
+def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """affine of few tokens and many numbers in rows, on a CPU."""
+    if ONEDNN is not None and torch.backends.mkldnn.enabled and is_untraced(x, rows, bias):  # it has no gradients
+        if x.dtype == torch.float32 and len(x) == 1:
+            return ONEDNN(x, rows, bias, "none", [], "")
+        if x.dtype == torch.float32 and len(x) in THIN:
+            return ONEDNN(rows, x, None, "none", [], "").add_(bias[:, None]).T.contiguous()
+    if len(x) > 1 and rows.numel() >= 2 * LARGE:
+        return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     return F.linear(x, rows, bias)
 
 
@@ -121,7 +146,7 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     """
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, len(W_rows)):
+    if is_one_tile(x, W_rows):
         return affine(x, W_rows, bias)
     pre = x.new_empty(len(x), len(W_rows), dtype=bias.dtype)
     for t, f, part in affine_tiles(x, W_rows, bias):
@@ -133,5 +158,5 @@ def affine_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Iterator[tuple[slic
     """(tokens, features, their pre-activations) of x (n, d_in), `ready`: each until the next one."""
     room = room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
-        for f in feature_tiles(x[t], len(W_rows)):
+        for f in feature_tiles(x[t], W_rows):
             yield t, f, affine(x[t], W_rows[f], bias[f], room=room)

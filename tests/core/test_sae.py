@@ -264,6 +264,7 @@ def large(request, monkeypatch):
     """The way that many tokens and features are taken: in tiles, by the features that are active."""
     if request.param:
         monkeypatch.setattr(tiles, "CPU_SIZE", 64)
+        monkeypatch.setattr(tiles, "LARGE", 0)
         monkeypatch.setattr(search, "FEW_MARKS", 0)
         monkeypatch.setattr(torch_ops, "SMALL", 0)
 

@@ -1,0 +1,170 @@
+"""Few tokens on a CPU: whoever multiplies, and from whichever side, it is the product; and rows of half precision are
+widened some at a time."""
+
+import pytest
+import torch
+from torch.func import jvp, vmap
+
+from sae_hooks import kernels
+from sae_hooks.kernels import tiles
+
+needs_onednn = pytest.mark.skipif(tiles.ONEDNN is None, reason="this build of torch has no oneDNN")
+BY_ONEDNN, BY_MKL = (1, 5, 16, 64), (2, 4, 65, 128, 129)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was given to oneDNN, which takes whatever has as few tokens."""
+    seen = []
+    plain = tiles.ONEDNN
+
+    def noted(*args):
+        seen.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(tiles, "LARGE", 0)
+    if plain is not None:
+        monkeypatch.setattr(tiles, "ONEDNN", noted)
+    return seen
+
+
+def parts(n, dtype=torch.float32):
+    """x (n, 48), rows (70, 48), bias (70)."""
+    random = torch.Generator().manual_seed(n)
+    return tuple(torch.randn(shape, generator=random).to(dtype) for shape in ((n, 48), (70, 48), (70,)))
+
+
+def product(x, rows, bias):
+    return (x.double() @ rows.double().T + bias.double()).to(torch.float32)
+
+
+@needs_onednn
+@pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
+def test_it_is_the_product_whoever_makes_it(calls, n):
+    got = kernels.linear(*parts(n))
+    torch.testing.assert_close(got, product(*parts(n)), rtol=0, atol=2e-5)
+    assert got.is_contiguous()
+    assert len(calls) == (n in BY_ONEDNN)
+
+
+@needs_onednn
+def test_small_rows_are_left_to_mkl(calls, monkeypatch):
+    monkeypatch.setattr(tiles, "LARGE", 70 * 48 + 1)
+    kernels.linear(*parts(8))
+    assert not calls
+    monkeypatch.setattr(tiles, "LARGE", 70 * 48)
+    kernels.linear(*parts(8))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
+def test_layouts_make_no_difference(calls, n):
+    x, rows, bias = parts(n)
+    wide = torch.zeros(48, 2 * n)
+    wide[:, ::2] = x.T
+    got = kernels.linear(wide.T[::2], rows.T.contiguous().T, bias)
+    torch.testing.assert_close(got, product(x, rows, bias), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("n", [5, 16, 64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_with_its_token(calls, n, bad):
+    x, rows, bias = parts(n)
+    x[3, 7] = bad
+    got, others = kernels.linear(x, rows, bias), torch.arange(n) != 3
+    torch.testing.assert_close(got[others], product(x, rows, bias)[others], rtol=0, atol=2e-5)
+    assert not got[3].isfinite().any()
+
+
+@pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
+@pytest.mark.parametrize("wanting", range(3))
+def test_gradients_are_those_of_the_product(calls, n, wanting):
+    """Of x, of the rows, of the bias."""
+    ours, plain = list(parts(n)), list(parts(n))
+    ours[wanting].requires_grad_()
+    plain[wanting].requires_grad_()
+    (got,) = torch.autograd.grad(kernels.linear(*ours).square().sum(), ours[wanting])
+    (want,) = torch.autograd.grad(torch.nn.functional.linear(*plain).square().sum(), plain[wanting])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    assert not calls
+    with torch.no_grad():
+        kernels.linear(*ours)
+    assert len(calls) == (n in BY_ONEDNN and tiles.ONEDNN is not None)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("moved", range(3))
+def test_tangents_are_those_of_the_product(calls, moved, n):
+    """Of x, of the rows, of the bias."""
+    at, fixed = parts(n)[moved], parts(n)  # what is made within jvp carries tangents itself
+    along = torch.randn(at.shape, generator=torch.Generator().manual_seed(9))
+
+    def of(function):
+        return lambda t: function(*(t if i == moved else part for i, part in enumerate(fixed)))
+
+    got, want = (jvp(of(function), (at,), (along,))[1] for function in (kernels.linear, torch.nn.functional.linear))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert want.any()
+
+
+def test_vmap_over_tokens_and_over_saes_is_the_product_of_each(calls):
+    x, rows, bias = (torch.stack([part] * 3) for part in parts(8))
+    rows[1] *= 2
+    x[2] += 1
+    got = vmap(kernels.linear)(x, rows, bias)
+    torch.testing.assert_close(got, torch.stack([product(*one) for one in zip(x, rows, bias, strict=True)]), rtol=0,
+                               atol=5e-5)
+    got = vmap(kernels.linear, in_dims=(None, 0, 0))(x[0], rows, bias)
+    torch.testing.assert_close(got[1], product(x[0], rows[1], bias[1]), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_compiled_it_is_the_product(calls, n):
+    compiled = torch.compile(kernels.linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
+    assert not calls
+
+
+@pytest.mark.parametrize("n", BY_ONEDNN)
+def test_without_onednn_or_where_it_is_turned_off_it_is_the_product(calls, n, monkeypatch):
+    with monkeypatch.context() as turned_off:
+        turned_off.setattr(torch.backends.mkldnn, "enabled", False)
+        torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
+    monkeypatch.setattr(tiles, "ONEDNN", None)
+    torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
+    assert not calls
+
+
+@pytest.mark.parametrize("n", BY_ONEDNN)
+def test_float64_stays_float64(calls, n):
+    x, rows, bias = parts(n, torch.float64)
+    torch.testing.assert_close(kernels.linear(x, rows, bias), x @ rows.T + bias, rtol=0, atol=1e-12)
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_rows_of_half_precision_are_widened_some_at_a_time(monkeypatch, dtype, n):
+    monkeypatch.setattr(tiles, "CPU_WIDENED", 10 * 48 + 5)
+    sizes, plain = [], tiles.cast
+
+    def noted(t, to):
+        if t.dtype == dtype and t.dim() == 2:
+            sizes.append(t.numel())
+        return plain(t, to)
+
+    x, rows, bias = parts(n)
+    rows, threshold = rows.to(dtype), torch.full((70,), 5.0)
+    monkeypatch.setattr(tiles, "cast", noted)
+    pre, found = kernels.linear(x, rows, bias), kernels.encode_sparse(x, rows, bias, threshold)
+    x_hat = kernels.reconstruct(x, rows, bias, threshold, rows, torch.zeros(48))
+    assert max(sizes) == 10 * 48
+    assert sum(sizes) == 3 * 70 * 48
+    torch.testing.assert_close(pre, product(x, rows, bias), rtol=0, atol=2e-5)
+    acts = pre * (pre > threshold)
+    assert all(torch.equal(a, b) for a, b in zip(found, kernels.nonzero_csr(acts), strict=True))
+    torch.testing.assert_close(x_hat, acts @ rows.float(), rtol=1e-4, atol=1e-3)
+    sizes.clear()
+    kernels.encode_sparse(x, rows.float(), bias, threshold)
+    assert not sizes
