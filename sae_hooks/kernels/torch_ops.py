@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
-from .search import Triplets, above, count, exceeding, gated, keep_largest, largest, marked, on_cpu
+from .search import Triplets, above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import stable_order, weighted_sums
 from .tiles import (
     affine,
@@ -131,7 +131,11 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     if is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
-    return decode_sparse(*encode_topk(x, W_rows, bias, k), W_dec, b_dec).add_(_nothing(x, wide(x, W_rows)))
+    tiles = slices(len(x), max(TOPK_SIZE // len(W_rows), 1))
+    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in tiles]
+    dtype = wide(x, W_rows)
+    sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
+    return sums.add_(cast(b_dec, dtype)).add_(_nothing(x, dtype))
 
 
 @traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)
@@ -219,6 +223,15 @@ def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
 def _sums(found: Triplets, n: int, W_dec: Tensor) -> Tensor:
     """What n rows with these entries are decoded to, without b_dec."""
     return weighted_sums(*_compressed(found, n), W_dec)
+
+
+def _sums_of_largest(pre: Tensor, k: int, W_dec: Tensor) -> Tensor:
+    """What the k largest positive entries of each row of pre are decoded to, without b_dec."""
+    if by_numpy(pre):
+        return _sums(largest(pre, k), len(pre), W_dec)
+    values, columns = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
+    starts = torch.arange(len(pre) + 1, device=pre.device) * values.shape[1]  # known before any is found: no GPU waits
+    return weighted_sums(starts, columns.reshape(-1), values.clamp(min=0).reshape(-1), W_dec)
 
 
 def _moved(found: Triplets, rows: int, columns: int) -> Triplets:

@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache, StaticCache
 
-from sae_hooks import attach_saes
+from sae_hooks import SAE, attach_saes
 from sae_hooks.kernels import torch_ops
 
 aten = torch.ops.aten
@@ -96,3 +96,15 @@ def test_a_splice_of_many_tokens_asks_once_where_they_are(on_gpu, waited, monkey
         model(input_ids=ids)
         of_the_sae = 1  # how many features are active: many here
         assert sum(waited.values()) == 1 + of_the_sae, dict(waited)
+
+
+def test_how_many_features_topk_finds_is_known_before(model, ids, sae_for, waited, monkeypatch):
+    sae = sae_for(model, ids)
+    topk = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=3, site=sae.site)
+    model, ids = attach_saes(model.to("fgpu:0"), topk), ids.to("fgpu:0")
+    monkeypatch.setattr(torch_ops, "GPU_SMALL", 0)
+    with model.saes.splice():
+        model(input_ids=ids)
+        waited.clear()
+        model(input_ids=ids)
+        assert sum(waited.values()) == 1, dict(waited)  # where the tokens are
