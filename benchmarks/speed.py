@@ -14,10 +14,13 @@ step    a training step at L0 60, where the window of the straight-through gradi
         stays; "/ (a)", "/ (b)": over ours without and with what Learner.update does besides. Targets beside dense are
         for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py.
         Peers' environments are made on the first run, in the folder --environments (4 GB).
-encode  SAE.encode_sparse; csr: pre = x W_enc + b; acts = pre * (pre > threshold); acts.to_sparse_csr(); nonzero: the
-        same with nonzero and take.
+encode  SAE.encode_sparse; naive: pre = linear(x, W_enc, b); acts = pre * (pre > threshold); acts.to_sparse_csr(), as it
+        is written first; csr: the variant of it that is quickest here; nonzero: that with nonzero and take.
 splice  sae(x); dense: the same acts, acts W_dec + b_dec.
 decode  both of few tokens, as in a decoding step.
+peers   encoding to the sparse form, splicing 2,048 tokens and few, each way in a process of its own, as in `step`;
+        "/ours": over ours with the same gate. Peers' dense features are given to_sparse_csr(); sparsify's own are
+        sparse. And the memory of a splice and of a training step.
 memory  MiB that a process has at its peak above parameters, activations and, in the training step, gradients, which
         count as parameters. Without Adam, which makes no buffers.
 sweep   ours/dense over sizes and shares of active features; what is above 1.05 is measured again, three times as
@@ -36,10 +39,11 @@ from pathlib import Path
 import numpy as np
 import speed_parts
 import torch
-from speed_workers import ENVIRONMENTS, PEERS
+from speed_peers import PEERS
+from speed_workers import ENVIRONMENTS
 
 RESULT = Path(__file__).parent / "results/speed.txt"
-PARTS = ("step", "encode", "splice", "decode", "memory", "sweep")
+PARTS = ("step", "encode", "splice", "decode", "peers", "memory", "sweep")
 
 
 def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]:
@@ -52,7 +56,9 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]
 
     return {"step": lambda: speed_parts.step(10 * seconds, peers, options.environments, options.large),
             "encode": lambda: speed_parts.encode(seconds), "splice": lambda: speed_parts.splice(seconds),
-            "decode": lambda: speed_parts.decode(seconds), "memory": speed_parts.memory, "sweep": sweeps}
+            "decode": lambda: speed_parts.decode(seconds),
+            "peers": lambda: speed_parts.peers(seconds, peers, options.environments),
+            "memory": speed_parts.memory, "sweep": sweeps}
 
 
 def lines(options: argparse.Namespace) -> Iterator[str]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from speed_peers import PEERS, K
 from speed_ways import (
     Call,
     Data,
@@ -21,8 +22,10 @@ from speed_ways import (
     ratio,
     rounds,
 )
-from speed_workers import PEERS, K, Worker
+from speed_workers import ENVIRONMENTS, Worker
+from speed_workers import FEW as STEPPED
 from torch import Tensor
+from torch.nn import functional
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 MALLOCS = {"default": {}, "pages kept": KEPT}
@@ -33,6 +36,10 @@ ROWS = {"objective": "ours (a): objective, backward, Adam", "update": "ours (b):
         "topk": f"ours: Learner.update of TopK({K})", "product": "x @ W_enc alone", "autograd": "dense autograd, Adam",
         "by hand": "dense by hand, Adam", "SAELens": "SAELens, SAETrainer.step",
         "dictionary_learning": "dictionary_learning, update", "sparsify": f"sparsify, TopK {K}, Adam"}
+OWN = ("ours", "topk", "dense", "by hand")
+INFERENCE = {"ours": "ours", "topk": f"ours, TopK {K}", "dense": "dense", "by hand": "dense by hand",
+             "SAELens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": f"sparsify, TopK {K}"}
+STEPS = {way: way for way in PEERS} | {"ours": "update", "topk": "", "dense": "autograd", "by hand": "by hand"}
 STEP_TARGETS = {"autograd": 5.0, "by hand": 4.0, "SAELens": 7.0, "dictionary_learning": 6.0, "sparsify": 1.7}
 KEPT_TARGETS = STEP_TARGETS | {"autograd": 4.0}
 OVER_PRODUCT = 1.35
@@ -81,7 +88,7 @@ def step_table(ways: Sequence[str], path: Path, settings: dict[str, str], enviro
                 workers[way] = stack.enter_context(Worker(way, path, settings, environments))
             except RuntimeError as failure:
                 yield f"  {ROWS[way]:37} FAILED: {failure}"
-        times = rounds({way: worker.step for way, worker in workers.items()}, seconds)
+        times = rounds({way: worker.seconds for way, worker in workers.items()}, seconds)
         notes = {way: worker.about for way, worker in workers.items()}
     yield f"  {f'way ({len(times[ways[0]])} rounds)':37}{'ms':>9}{'/ product':>11}{'/ (a)':>8}{'/ (b)':>8}"
     targets = KEPT_TARGETS if settings else STEP_TARGETS
@@ -107,16 +114,17 @@ def expected(data: Data) -> dict[str, Tensor]:
     """What every way must find: loss, gradients, and reconstructions."""
     found = gradients(dense_step(data))
     with torch.no_grad():
-        x_hats = [], []
+        x_hats, counts = ([], []), [0, 0]
         for x in data.x.split(512):
             pre = torch.addmm(data.b_enc, x, data.W_enc.t())
             top = pre.topk(min(K, pre.shape[1]), dim=-1)
             kept = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
-            for x_hat, acts in zip(x_hats, (pre * (pre > data.threshold), kept), strict=True):
-                x_hat.append(torch.addmm(data.b_dec, acts, data.W_dec))
+            for i, acts in enumerate((pre * (pre > data.threshold), kept)):
+                x_hats[i].append(torch.addmm(data.b_dec, acts, data.W_dec))
+                counts[i] += int((acts > 0).sum())
     x_hat, of_topk = (torch.cat(parts) for parts in x_hats)
-    return {**found, "x_hat": x_hat, "x_hat of topk": of_topk,
-            "loss of topk": (of_topk - data.x).square().sum(-1).mean()}
+    return {**found, "x_hat": x_hat, "x_hat of topk": of_topk, "features": torch.tensor(counts[0]),
+            "features of topk": torch.tensor(counts[1]), "loss of topk": (of_topk - data.x).square().sum(-1).mean()}
 
 
 @contextmanager
@@ -139,8 +147,13 @@ def inference(data: Data) -> dict[str, Call]:
         at = flat.nonzero().view(-1)
         return at // sae.d_sae, at % sae.d_sae, flat.take(at)
 
+    def naive() -> Tensor:
+        pre = functional.linear(x, data.W_enc, data.b_enc)
+        return (pre * (pre > data.threshold)).to_sparse_csr()
+
     ways: dict[str, Call] = {
-        "encode_sparse": lambda: sae.encode_sparse(x), "csr": lambda: acts(x).to_sparse_csr(), "nonzero": nonzero,
+        "encode_sparse": lambda: sae.encode_sparse(x), "naive": naive,
+        "csr": lambda: acts(x).to_sparse_csr(), "nonzero": nonzero,
         "splice": lambda: sae(x), "dense splice": lambda: torch.addmm(data.b_dec, acts(x), data.W_dec),
         "encode": lambda: sae.encode(x), "dense encode": lambda: acts(x)}
     csr, (indptr, indices, values) = ways["csr"](), ways["encode_sparse"]()
@@ -167,11 +180,12 @@ CASE = "  d_in  d_sae tokens     L0"
 
 @torch.no_grad()
 def encode(seconds: float) -> Iterator[str]:
-    """encode_sparse beside two dense ways."""
-    yield f"{CASE}{'ours ms':>10}{'csr/ours':>10}{'nonzero/ours':>14}"
-    for begin, tokens, times in cases(TOKENS, ("encode_sparse", "csr", "nonzero"), seconds):
-        naive = ratio(times, "csr", "encode_sparse")
-        line = f"{begin}{ms(times['encode_sparse']):10.2f}{naive:10.2f}{ratio(times, 'nonzero', 'encode_sparse'):14.2f}"
+    """encode_sparse beside dense ways."""
+    dense = ("naive", "csr", "nonzero")
+    yield f"{CASE}{'ours ms':>10}{'naive/ours':>12}{'csr/ours':>10}{'nonzero/ours':>14}"
+    for begin, tokens, times in cases(TOKENS, ("encode_sparse", *dense), seconds):
+        naive, csr, nonzero = (ratio(times, way, "encode_sparse") for way in dense)
+        line = f"{begin}{ms(times['encode_sparse']):10.2f}{naive:12.2f}{csr:10.2f}{nonzero:14.2f}"
         yield line + (verdict(naive, 1.8) if tokens == 2048 else "")
 
 
@@ -194,23 +208,55 @@ def decode(seconds: float) -> Iterator[str]:
         yield line + (verdict(dense, 2.2) if tokens == 4 else "")
 
 
+# --- peers' inference, and memory ----------------------------------------------------------------------------
+
+def peers(seconds: float, names: Sequence[str], environments: Path) -> Iterator[str]:
+    """Encoding and splicing, each way in its process, with each setting of malloc; then memory."""
+    data = make_data(*K_SHAPE, max(TOKENS), L0, NARROW)
+    with saved(data, expected(data)) as path:
+        del data
+        for malloc, settings in MALLOCS.items():
+            yield f"d_in {K_SHAPE[0]}, d_sae {K_SHAPE[1]}, {max(TOKENS)} tokens; malloc: {malloc}"
+            yield from inference_table([*OWN, *names], path, settings, environments, seconds)
+        yield f"  {'MiB at the peak':26}{'splice':>9}{'step':>9}"
+        for way in (*OWN, *names):
+            found = [peak(f"memory/splice/{way}", path, environments)]
+            found += [peak(f"memory/step/{STEPS[way]}", path, environments)] if STEPS[way] else []
+            yield f"  {INFERENCE[way]:26}" + "".join(f"{mib:9.1f}" for mib in found)
+
+
+def inference_table(ways: Sequence[str], path: Path, settings: dict[str, str], environments: Path,
+                    seconds: float) -> Iterator[str]:
+    """A line for each way, with milliseconds and how many times ours they are."""
+    calls = {"encode": 1, "splice": 1, **{f"splice {n}": 20 for n in STEPPED}}  # as often in a round
+    with ExitStack() as stack:
+        workers = {way: stack.enter_context(Worker(f"inference/{way}", path, settings, environments)) for way in ways}
+        times = {call: rounds({way: lambda worker=worker, call=call, n=n: worker.seconds(call, n)
+                               for way, worker in workers.items()}, seconds) for call, n in calls.items()}
+    yield f"  {'way':26}" + "".join(f"{call:>11}{'/ours':>7}" for call in calls)
+    for way in ways:
+        same_gate = "topk" if way == "sparsify" else "ours"
+        yield f"  {INFERENCE[way]:26}" + "".join(
+            f"{ms(found[way]):11.2f}{ratio(found, way, same_gate):7.2f}" for found in times.values())
+
+
 # --- memory --------------------------------------------------------------------------------------------------
 
 def memory() -> Iterator[str]:
     """MiB at the peak above parameters, and for the step their gradients, in processes of their own."""
     yield f"{'what':14}  d_in  d_sae tokens{'ours':>9}{'dense':>9}{'by hand':>9}{'ours/dense':>12}{'ours/by hand':>14}"
-    for what, ways in {"training step": ("objective", "autograd", "by hand"),
-                       "splice": ("splice, ours", "splice, dense", "splice, by hand")}.items():
+    for what, ways in {"training step": ("step/objective", "step/autograd", "step/by hand"),
+                       "splice": ("splice/ours", "splice/dense", "splice/by hand")}.items():
         for shape in STEP_CASES:
             with saved(make_data(*shape, L0, WIDE), {}) as path:
-                ours, dense, by_hand = (peak(f"memory {way}", path) for way in ways)
+                ours, dense, by_hand = (peak(f"memory/{way}", path) for way in ways)
             yield (f"{what:14}{shape[0]:6d}{shape[1]:7d}{shape[2]:7d}{ours:9.1f}{dense:9.1f}{by_hand:9.1f}"
                    f"{ours / dense:12.3f}{ours / by_hand:14.2f}{verdict(ours / dense, 0.1, most=True)}")
 
 
-def peak(way: str, path: Path) -> float:
+def peak(way: str, path: Path, environments: Path = ENVIRONMENTS) -> float:
     """What the worker measured."""
-    with Worker(way, path, {}) as worker:
+    with Worker(way, path, {}, environments) as worker:
         return float(worker.about["mib"])
 
 

@@ -368,24 +368,29 @@ def dense_encoder(data: Data) -> Callable[[Tensor], Tensor]:
     return ways[fastest([lambda way=way: way(data.x[:256]) for way in ways])]
 
 
-def splices(data: Data) -> dict[str, Call]:
-    """x -> x_hat, for the memory of each: ours, dense, and dense by hand: some tokens at once, into buffers."""
-    sae, chunk = data.sae(), 256
+def tuned_inference(data: Data, chunk: int = 256) -> tuple[Call, Call]:
+    """Dense by hand, so many tokens at once, into buffers: (x -> the values of its features, sparse; x -> x_hat)."""
+    u, acts = (torch.empty(chunk, len(data.W_enc)) for _ in range(2))
+    offset = data.b_enc - data.threshold
 
-    @torch.no_grad()
-    def dense() -> Tensor:
-        pre = F.linear(data.x, data.W_enc, data.b_enc)
-        return torch.addmm(data.b_dec, pre * (pre > data.threshold), data.W_dec)
+    def encode(x: Tensor) -> Tensor:
+        torch.addmm(offset, x, data.W_enc.t(), out=u[:len(x)])
+        torch.add(u[:len(x)], data.threshold, out=acts[:len(x)])
+        return torch.ops.aten.threshold_backward.grad_input(acts[:len(x)], u[:len(x)], 0.0, grad_input=acts[:len(x)])
 
-    @torch.no_grad()
-    def by_hand() -> Tensor:
-        x_hat, u, acts = torch.empty_like(data.x), *(torch.empty(chunk, len(data.W_enc)) for _ in range(2))
-        offset = data.b_enc - data.threshold
-        for x, out in zip(data.x.split(chunk), x_hat.split(chunk), strict=True):
-            torch.addmm(offset, x, data.W_enc.t(), out=u[:len(x)])
-            torch.add(u, data.threshold, out=acts)
-            torch.ops.aten.threshold_backward.grad_input(acts, u, 0.0, grad_input=acts)
-            torch.addmm(data.b_dec, acts[:len(x)], data.W_dec, out=out)
+    def values(x: Tensor) -> Tensor:
+        found = []
+        for part in x.split(chunk):
+            flat = encode(part).view(-1)
+            at = flat.nonzero().view(-1)
+            rows, columns = at // len(data.W_enc), at % len(data.W_enc)
+            found.append((rows, columns, flat.take(at)))
+        return torch.cat([part[2] for part in found])
+
+    def splice(x: Tensor) -> Tensor:
+        x_hat = torch.empty_like(x)
+        for part, out in zip(x.split(chunk), x_hat.split(chunk), strict=True):
+            torch.addmm(data.b_dec, encode(part), data.W_dec, out=out)
         return x_hat
 
-    return {"splice, ours": torch.no_grad()(lambda: sae(data.x)), "splice, dense": dense, "splice, by hand": by_hand}
+    return values, splice

@@ -1,8 +1,8 @@
 """Ways of speed.py in processes of their own: python benchmarks/speed_workers.py WAY DATA. Not run by hand.
 
 So peers keep their environments, each way its own malloc, and memory is that of one way alone. A worker loads the data
-from a file, checks that it computes what the dense way does, says so in a line of JSON, and then takes a step whenever
-it is told to, answering with the CPU seconds of it.
+from a file, checks that it computes what the dense way does, says so in a line of JSON, and then does what it is told
+to, a step or one of inference's calls, answering with the CPU seconds of it.
 """
 
 import json
@@ -17,16 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import speed_peers as peers
 import torch
+from speed_peers import PEERS, Calls, K, Tensors
 
 ENVIRONMENTS = Path(tempfile.gettempdir()) / "sae_hooks-speed"
-PEERS = {"SAELens": "sae-lens==6.54.12", "dictionary_learning": "dictionary-learning==0.1.0",
-         "sparsify": "eai-sparsify==1.3.3"}
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SPARSIFY_DISABLE_TRITON": "1", "TOKENIZERS_PARALLELISM": "0"}
-LEARNING_RATE = 1e-9
-K = 60  # of TopK
-
-Tensors = dict[str, Any]
+FEW = (4, 1)  # tokens of a decoding step
 
 
 # --- the side that tells -------------------------------------------------------------------------------------
@@ -35,16 +32,17 @@ class Worker:
     """One way in a process of its own; `about` is what it said when it was ready. RuntimeError if it ends early."""
 
     def __init__(self, way: str, data: Path, settings: dict[str, str], environments: Path = ENVIRONMENTS) -> None:
-        python = interpreter(way, environments) if way in PEERS else Path(sys.executable)
+        peer = way.rpartition("/")[2]
+        python = interpreter(peer, environments) if peer in PEERS else Path(sys.executable)
         self.way, self.errors = way, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen([python, __file__, way, data], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.errors, text=True, env=os.environ | ALONE | settings)
         self.about: dict[str, Any] = json.loads(self._answer())
 
-    def step(self) -> float:
-        """Take a step; the CPU seconds of it."""
+    def seconds(self, call: str = "step", repeats: int = 1) -> float:
+        """CPU seconds of a call, of so many on average."""
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(f"{repeats} {call}\n")
         self.process.stdin.flush()
         return float(self._answer())
 
@@ -90,29 +88,46 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     saved = torch.load(path, weights_only=True)
-    if way.startswith("memory "):
-        print(json.dumps(memory(way.removeprefix("memory "), saved["data"])), file=answers, flush=True)
+    if way.startswith("memory/"):
+        print(json.dumps(memory(way.removeprefix("memory/"), saved["data"])), file=answers, flush=True)
         return
-    step, about = built(way, saved["data"], saved["expected"])
+    calls, about = built(way, saved["data"], saved["expected"])
     del saved
-    step()
+    for call in calls.values():
+        call()
     print(json.dumps({**about, "torch": torch.__version__}), file=answers, flush=True)
-    for _ in sys.stdin:
-        start = time.process_time()
-        step()
-        print(time.process_time() - start, file=answers, flush=True)
+    for line in sys.stdin:
+        repeats, call = line.split(maxsplit=1)
+        print(seconds(calls[call.strip()], int(repeats)), file=answers, flush=True)
 
 
-def built(way: str, tensors: Tensors, expected: Tensors) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """(one step, what is to be said about it)."""
-    if way in PEERS:
-        step, x_hat, l0 = {"SAELens": saelens, "dictionary_learning": dictionary_learning, "sparsify": sparsify}[way](
-            tensors)
-        target = expected["x_hat of topk" if way == "sparsify" else "x_hat"]
-        apart = float((x_hat - target).norm() / target.norm())
-        assert apart < 1e-4, f"the reconstruction is {apart:.1e} of its length away from the dense way's"
-        return step, {"l0": l0, "version": version(PEERS[way].partition("==")[0])}
-    return own(way, tensors, expected)
+def seconds(call: Callable[[], Any], repeats: int) -> float:
+    """CPU seconds of a call, of so many on average."""
+    start = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - start) / repeats
+
+
+def built(way: str, tensors: Tensors, expected: Tensors) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """(its calls by name, what is to be said about it)."""
+    kind, _, who = way.rpartition("/")
+    about = {"version": version(PEERS[who].partition("==")[0])} if who in PEERS else {}
+    if kind == "inference":
+        return inference(who, tensors, expected), about
+    if who in PEERS:
+        step, module = peers.STEPS[who](tensors)
+        x_hat, l0 = peers.seen(module, tensors["x"])
+        same(x_hat, expected["x_hat of topk" if who == "sparsify" else "x_hat"])
+        return {"step": step}, {"l0": l0, **about}
+    step, about = own(way, tensors, expected)
+    return {"step": step}, about
+
+
+def same(x_hat: torch.Tensor, target: torch.Tensor) -> None:
+    """AssertionError unless the reconstruction is that one, to rounding."""
+    apart = float((x_hat - target).norm() / target.norm())
+    assert apart < 1e-4, f"the reconstruction is {apart:.1e} of its length away from the dense way's"
 
 
 def own(way: str, tensors: Tensors, expected: Tensors) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -178,25 +193,40 @@ def memory(way: str, tensors: Tensors) -> dict[str, float]:
     """MiB at the peak of one call above what lay there before, less those of gradients."""
     import ctypes
 
-    import speed_ways as ways
-
-    def calls(data: Any) -> Callable[[], Any]:
-        if way.startswith("splice"):
-            return ways.splices(data)[way]
-        if way == "by hand":
-            return lambda: ways.tuned_step(data, 256)[1]()  # its buffers count, too
-        return {"objective": ways.our_step, "autograd": ways.dense_step}[way](data)[1]
-
-    calls(ways.make_data(64, 256, 64, 8.0, 16.0))()  # loads the code
-    data = ways.Data(**tensors)
-    call = calls(data)
+    few = {name: t[:256] if name in ("W_enc", "b_enc", "W_dec", "threshold") else t for name, t in tensors.items()}
+    measured(way, {**few, "x": few["x"][:64]})[0]()  # loads the code
+    call, gradients = measured(way, tensors)
     del tensors
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     call()
-    kept = 0 if way.startswith("splice") else sum(t.nbytes for t in data.leaves().values())
-    return {"mib": resident("VmHWM") - before - kept / 2**20}
+    return {"mib": resident("VmHWM") - before - gradients / 2**20}
+
+
+def measured(way: str, tensors: Tensors) -> tuple[Callable[[], Any], int]:
+    """(what memory is measured of, bytes of the gradients that it leaves)."""
+    kind, _, who = way.rpartition("/")
+    if kind == "splice":
+        splice = INFERENCE[who](tensors)[1]
+        return torch.no_grad()(lambda: splice(tensors["x"])), 0
+    if who in PEERS:
+        step, module = peers.STEPS[who](tensors)
+        step()  # Adam makes its state
+        for parameter in module.parameters():
+            parameter.grad = None
+        return step, sum(t.nbytes for t in module.parameters())
+    import speed_ways as ways
+
+    data = ways.Data(**tensors)
+    gradients = sum(t.nbytes for t in data.leaves().values())
+    if who == "update":
+        step = ways.our_update(data)[1]
+        step()
+        return step, 0  # it leaves none
+    if who == "by hand":
+        return lambda: ways.tuned_step(data, 256)[1](), gradients  # its buffers count, too
+    return {"objective": ways.our_step, "autograd": ways.dense_step}[who](data)[1], gradients
 
 
 def resident(what: str) -> float:
@@ -205,86 +235,47 @@ def resident(what: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-# --- peers: (one step, its reconstruction of x, its L0), on the same weights and data -------------------------
-
-Peer = tuple[Callable[[], Any], torch.Tensor, float]
-
-
-def saelens(t: Tensors) -> Peer:
-    """SAETrainer.step, as its fit() calls it, for the same objective."""
-    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, LoggingConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    d_sae, d_in = t["W_enc"].shape
-    sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(
-        d_in=d_in, d_sae=d_sae, l0_coefficient=0.01, jumprelu_bandwidth=t["bandwidth"], apply_b_dec_to_input=False))
-    put(t, sae)
-    trainer = SAETrainer(SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=len(t["x"]), lr=LEARNING_RATE, lr_end=LEARNING_RATE,
-        adam_beta1=0.0, adam_beta2=0.999, logger=LoggingConfig(log_to_wandb=False)), sae, iter(()))
-
-    def step() -> None:
-        trainer.maybe_reset_sparsity()
-        trainer.step(t["x"])
-        trainer.n_training_steps += 1
-
-    return step, *seen(sae, t["x"])
-
-
-def dictionary_learning(t: Tensors) -> Peer:
-    """JumpReluTrainer.update; its sparsity loss is quadratic in L0."""
-    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
-
-    d_sae, d_in = t["W_enc"].shape
-    trainer = JumpReluTrainer(steps=10**6, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", device="cpu",
-                              lr=LEARNING_RATE, bandwidth=t["bandwidth"], target_l0=60.0, warmup_steps=1,
-                              sparsity_warmup_steps=1)
-    put(t, trainer.ae)
-    steps = iter(range(1, 10**6))
-    return (lambda: trainer.update(next(steps), t["x"])), *seen(trainer.ae, t["x"])
-
-
-def sparsify(t: Tensors) -> Peer:
-    """A step of its Trainer: SparseCoder's own sparse path for TopK, unit norms, and fused Adam. It takes b_dec off x,
-    which b_enc makes good."""
-    from sparsify import SparseCoder
-    from sparsify.config import SparseCoderConfig
-
-    d_sae, d_in = t["W_enc"].shape
-    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=K))
-    with torch.no_grad():
-        coder.encoder.weight.copy_(t["W_enc"])
-        coder.encoder.bias.copy_(t["b_enc"] + t["W_enc"] @ t["b_dec"])
-        coder.W_dec.copy_(t["W_dec"])
-        coder.b_dec.copy_(t["b_dec"])
-    optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE, betas=(0.0, 0.999), fused=True)
-
-    def step() -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        coder(t["x"]).fvu.backward()
-        coder.remove_gradient_parallel_to_decoder_directions()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with torch.no_grad():
-        out = coder(t["x"])
-    return step, out.sae_out, float((out.latent_acts > 0).sum(-1).float().mean())
-
-
-def put(t: Tensors, module: Any) -> None:
-    """Give a peer's JumpReLU SAE the weights."""
-    with torch.no_grad():
-        module.W_enc.copy_(t["W_enc"].t())
-        for name in ("b_enc", "W_dec", "b_dec", "threshold"):
-            getattr(module, name).copy_(t[name])
-
+# --- inference: (x -> the values of its features, sparse; x -> x_hat) -----------------------------------------
 
 @torch.no_grad()
-def seen(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """What a peer's SAE makes of x: (reconstruction, L0)."""
-    acts = module.encode(x)
-    return module.decode(acts), float((acts > 0).sum(-1).float().mean())
+def inference(who: str, tensors: Tensors, expected: Tensors) -> dict[str, Callable[[], Any]]:
+    """Encoding and splicing all tokens, and splicing few."""
+    values, splice = INFERENCE[who](tensors)
+    x, target = tensors["x"], expected["x_hat of topk" if who in ("topk", "sparsify") else "x_hat"]
+    same(splice(x), target)
+    found = values(x)
+    assert int((found > 0).sum()) == int(expected["features of topk" if who in ("topk", "sparsify") else "features"])
+    calls = {"encode": lambda: values(x), "splice": lambda: splice(x)}
+    calls |= {f"splice {n}": lambda n=n: splice(x[:n]) for n in FEW}
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def ours(t: Tensors, k: int | None = None) -> Calls:
+    """k: of TopK."""
+    from sae_hooks import SAE
+
+    gate = {"threshold": t["threshold"]} if k is None else {"k": k}
+    sae = SAE(t["W_enc"].t(), t["b_enc"], t["W_dec"], t["b_dec"], **gate)
+    return (lambda x: sae.encode_sparse(x)[2]), sae
+
+
+def dense(t: Tensors) -> Calls:
+    """The quickest way of several."""
+    import speed_ways as ways
+
+    data = ways.Data(**t)
+    acts = ways.dense_encoder(data)
+    return (lambda x: acts(x).to_sparse_csr().values()), lambda x: torch.addmm(data.b_dec, acts(x), data.W_dec)
+
+
+def by_hand(t: Tensors) -> Calls:
+    """Some tokens at once, into memory that stays."""
+    import speed_ways as ways
+
+    return ways.tuned_inference(ways.Data(**t))
+
+
+INFERENCE = peers.INFERENCE | {"ours": ours, "topk": lambda t: ours(t, K), "dense": dense, "by hand": by_hand}
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in tiles]
     dtype = wide(x, W_rows)
     sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
-    return sums.add_(cast(b_dec, dtype)).add_(_nothing(x, dtype))
+    return sums.add_(b_dec).add_(_nothing(x, dtype))
 
 
 @traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)
@@ -229,8 +229,8 @@ def _sums_of_largest(pre: Tensor, k: int, W_dec: Tensor) -> Tensor:
     """What the k largest positive entries of each row of pre are decoded to, without b_dec."""
     if by_numpy(pre):
         return _sums(largest(pre, k), len(pre), W_dec)
-    values, columns = pre.topk(min(k, pre.shape[1]), dim=-1, sorted=False)
-    starts = torch.arange(len(pre) + 1, device=pre.device) * values.shape[1]  # known before any is found: no GPU waits
+    values, columns = pre.topk(k, dim=-1, sorted=False)
+    starts = torch.arange(len(pre) + 1, device=pre.device) * k  # known before any is found: no GPU waits
     return weighted_sums(starts, columns.reshape(-1), values.clamp(min=0).reshape(-1), W_dec)
 
 
