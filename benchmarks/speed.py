@@ -16,7 +16,7 @@ step    a training step at L0 60, where the window of the straight-through gradi
         Peers' environments are made on the first run, in the folder --environments (4 GB).
 encode  SAE.encode_sparse; naive: pre = linear(x, W_enc, b); acts = pre * (pre > threshold); acts.to_sparse_csr(), as it
         is written first; csr: the variant of it that is quickest here; nonzero: that with nonzero and take.
-splice  sae(x); dense: the same acts, acts W_dec + b_dec.
+splice  sae(x); dense: the same acts, acts W_dec + b_dec; half: ours with weights kept in bfloat16.
 decode  both of few tokens, as in a decoding step.
 peers   encoding to the sparse form, splicing 2,048 tokens and few, each way in a process of its own, as in `step`;
         "/ours": over ours with the same gate. Peers' dense features are given to_sparse_csr(); sparsify's own are

@@ -141,6 +141,7 @@ def saved(data: Data, found: dict[str, Tensor]) -> Iterator[Path]:
 def inference(data: Data) -> dict[str, Call]:
     """The ways of inference; all of ours give what the dense ones give."""
     sae, acts, x = data.sae(), dense_encoder(data), data.x
+    half = data.sae().to(torch.bfloat16)
 
     def nonzero() -> tuple[Tensor, Tensor, Tensor]:
         flat = acts(x).view(-1)
@@ -154,7 +155,8 @@ def inference(data: Data) -> dict[str, Call]:
     ways: dict[str, Call] = {
         "encode_sparse": lambda: sae.encode_sparse(x), "naive": naive,
         "csr": lambda: acts(x).to_sparse_csr(), "nonzero": nonzero,
-        "splice": lambda: sae(x), "dense splice": lambda: torch.addmm(data.b_dec, acts(x), data.W_dec),
+        "splice": lambda: sae(x), "half splice": lambda: half(x),
+        "dense splice": lambda: torch.addmm(data.b_dec, acts(x), data.W_dec),
         "encode": lambda: sae.encode(x), "dense encode": lambda: acts(x)}
     csr, (indptr, indices, values) = ways["csr"](), ways["encode_sparse"]()
     assert torch.equal(csr.crow_indices(), indptr.long()), "encode_sparse: other numbers of features a token"
@@ -192,19 +194,21 @@ def encode(seconds: float) -> Iterator[str]:
 @torch.no_grad()
 def splice(seconds: float) -> Iterator[str]:
     """sae(x) beside the dense splice."""
-    yield f"{CASE}{'ours ms':>10}{'dense/ours':>12}"
-    for begin, tokens, times in cases(TOKENS, ("splice", "dense splice"), seconds):
-        dense = ratio(times, "dense splice", "splice")
-        yield f"{begin}{ms(times['splice']):10.2f}{dense:12.2f}" + (verdict(dense, 2.0) if tokens == 2048 else "")
+    yield f"{CASE}{'ours ms':>10}{'dense/ours':>12}{'half/ours':>11}"
+    for begin, tokens, times in cases(TOKENS, ("splice", "dense splice", "half splice"), seconds):
+        dense, half = (ratio(times, way, "splice") for way in ("dense splice", "half splice"))
+        line = f"{begin}{ms(times['splice']):10.2f}{dense:12.2f}{half:11.2f}"
+        yield line + (verdict(dense, 2.0) if tokens == 2048 else "")
 
 
 @torch.no_grad()
 def decode(seconds: float) -> Iterator[str]:
     """A decoding step: splice and encode_sparse of few tokens."""
-    yield f"{CASE}{'splice ms':>11}{'dense/it':>10}{'encode_sparse ms':>18}{'csr/it':>8}"
-    for begin, tokens, times in cases(FEW, ("splice", "dense splice", "encode_sparse", "csr"), seconds):
-        dense, sparse = ratio(times, "dense splice", "splice"), ratio(times, "csr", "encode_sparse")
-        line = f"{begin}{ms(times['splice']):11.3f}{dense:10.2f}{ms(times['encode_sparse']):18.3f}{sparse:8.2f}"
+    yield f"{CASE}{'splice ms':>11}{'dense/it':>10}{'half/it':>9}{'encode_sparse ms':>18}{'csr/it':>8}"
+    for begin, tokens, times in cases(FEW, ("splice", "dense splice", "half splice", "encode_sparse", "csr"), seconds):
+        dense, half = (ratio(times, way, "splice") for way in ("dense splice", "half splice"))
+        line = (f"{begin}{ms(times['splice']):11.3f}{dense:10.2f}{half:9.2f}{ms(times['encode_sparse']):18.3f}"
+                f"{ratio(times, 'csr', 'encode_sparse'):8.2f}")
         yield line + (verdict(dense, 2.2) if tokens == 4 else "")
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
-CPU_WIDENED, GPU_WIDENED = 2**21, 2**27  # numbers of half-precision rows that are widened together
+CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (3 times at 4 tokens) ...
 THIN = range(5, 65)  # ... but for these, and for one, oneDNN is quicker still: twice at 16 tokens
@@ -55,20 +55,15 @@ def token_tiles(x: Tensor) -> Iterator[slice]:
     return slices(len(x), CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
 
 
-def feature_tiles(x: Tensor, W_rows: Tensor) -> Iterator[slice]:
-    """The features that are taken together for a tile of tokens x (n, d_in), `ready`."""
-    size, widened = (CPU_SIZE, CPU_WIDENED) if x.device.type == "cpu" else (GPU_SIZE, GPU_WIDENED)
-    most = size // max(len(x), 1)
-    if W_rows.dtype != x.dtype:
-        most = min(most, max(widened // W_rows.shape[1], 1))
-    return slices(len(W_rows), most)
+def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
+    """The features that are taken together for a tile of tokens x (n, d_in)."""
+    return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
 
 
-def is_one_tile(x: Tensor, W_rows: Tensor) -> bool:
-    """Whether all tokens of x (n, d_in), `ready`, and all features are taken together."""
-    tokens, size, widened = (CPU_TOKENS, CPU_SIZE, CPU_WIDENED) if x.is_cpu else (GPU_TOKENS, GPU_SIZE, GPU_WIDENED)
-    few = 0 < x.shape[0] <= tokens and x.shape[0] * W_rows.shape[0] <= size
-    return few and (W_rows.dtype == x.dtype or W_rows.numel() <= widened)
+def is_one_tile(x: Tensor, d_sae: int) -> bool:
+    """Whether all tokens of x (n, d_in) and all features are taken together."""
+    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.is_cpu else (GPU_TOKENS, GPU_SIZE)
+    return 0 < x.shape[0] <= tokens and x.shape[0] * d_sae <= size
 
 
 def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
@@ -99,13 +94,32 @@ def affine(
     if multiply is not None or x.dtype != bias.dtype:
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
-    rows = cast(rows, x.dtype)
+    if rows.dtype != x.dtype:
+        if rows.numel() > (CPU_WIDENED if x.is_cpu else GPU_WIDENED) and is_untraced(x, rows, bias):
+            return affine_widened(x, rows, bias, room)
+        rows = rows.to(x.dtype)
     if rows.numel() >= LARGE and 0 < len(x) <= FEW and x.is_cpu:
         return affine_of_few(x, rows, bias)
     if room is not None:
-        shape = len(x), len(rows)
-        return torch.addmm(bias, x, rows.T, out=room[:shape[0] * shape[1]].view(shape))
+        return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
     return F.linear(x, rows, bias)
+
+
+def within(room: Tensor, n: int, m: int) -> Tensor:
+    """(n, m) at the beginning of room."""
+    return room[:n * m].view(n, m)
+
+
+def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -> Tensor:
+    """affine of rows of another dtype than x, some of which are widened at a time, into the same memory."""
+    n, (m, d_in) = len(x), rows.shape
+    out = x.new_empty(n, m) if room is None else within(room, n, m)
+    most = max((CPU_WIDENED if x.is_cpu else GPU_WIDENED) // d_in, 1)
+    wide_rows = x.new_empty(most, d_in)
+    for f in slices(m, most):
+        part = wide_rows[:f.stop - f.start].copy_(rows[f])
+        torch.addmm(bias[f], x, part.T, out=out[:, f])
+    return out
 
 
 def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
@@ -146,7 +160,7 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     """
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, W_rows):
+    if is_one_tile(x, len(W_rows)):
         return affine(x, W_rows, bias)
     pre = x.new_empty(len(x), len(W_rows), dtype=bias.dtype)
     for t, f, part in affine_tiles(x, W_rows, bias):
@@ -158,5 +172,5 @@ def affine_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Iterator[tuple[slic
     """(tokens, features, their pre-activations) of x (n, d_in), `ready`: each until the next one."""
     room = room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
-        for f in feature_tiles(x[t], W_rows):
+        for f in feature_tiles(x[t], len(W_rows)):
             yield t, f, affine(x[t], W_rows[f], bias[f], room=room)

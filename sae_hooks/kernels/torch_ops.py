@@ -32,7 +32,7 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     """What `linear` makes of x (n, d_in) where it is above threshold, else 0: (n, d_sae). No gradients."""
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, W_rows):
+    if is_one_tile(x, len(W_rows)):
         pre = affine(x, W_rows, bias)
         return gated(pre, exceeding(pre, threshold))
     acts = bias.new_empty(len(x), len(W_rows))
@@ -65,13 +65,13 @@ def find_above(
     """
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, W_rows):
+    if is_one_tile(x, len(W_rows)):
         return _in_tile(x, W_rows, bias, threshold, multiply)
     found, room = [], room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         parts = [
             _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply, room), 0, f.start)
-            for f in feature_tiles(x[t], W_rows)
+            for f in feature_tiles(x[t], len(W_rows))
         ]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
@@ -104,7 +104,7 @@ def reconstruct(
     if is_little(x, W_dec):
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
-    if is_one_tile(x, W_rows):
+    if is_one_tile(x, len(W_rows)):
         part = _sparse_or_dense(x, W_rows, bias, threshold)
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
@@ -112,7 +112,7 @@ def reconstruct(
     out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         sparse = []
-        for f in feature_tiles(x[t], W_rows):
+        for f in feature_tiles(x[t], len(W_rows)):
             part = _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room)
             if isinstance(part, Tensor):
                 out[t] = _dense(out[t], part, W_dec[f])

@@ -144,27 +144,41 @@ def test_float64_stays_float64(calls, n):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 3, 8])
-def test_rows_of_half_precision_are_widened_some_at_a_time(monkeypatch, dtype, n):
+@pytest.mark.parametrize("n", [1, 3, 8, 40])
+def test_rows_of_half_precision_are_widened_some_at_a_time_into_the_same_memory(monkeypatch, dtype, n):
+    widened, plain = [], torch.addmm
+
+    def noted(bias, x, other, **out):
+        if x.dtype == other.dtype == torch.float32 and x.shape[0] == n:
+            widened.append((other.shape[1], other.data_ptr()))
+        return plain(bias, x, other, **out)
+
     monkeypatch.setattr(tiles, "CPU_WIDENED", 10 * 48 + 5)
-    sizes, plain = [], tiles.cast
-
-    def noted(t, to):
-        if t.dtype == dtype and t.dim() == 2:
-            sizes.append(t.numel())
-        return plain(t, to)
-
+    monkeypatch.setattr(tiles, "CPU_SIZE", 40 * n)  # two tiles of 35 features, each of them four times 9 or 8
+    monkeypatch.setattr(torch, "addmm", noted)
     x, rows, bias = parts(n)
     rows, threshold = rows.to(dtype), torch.full((70,), 5.0)
-    monkeypatch.setattr(tiles, "cast", noted)
-    pre, found = kernels.linear(x, rows, bias), kernels.encode_sparse(x, rows, bias, threshold)
-    x_hat = kernels.reconstruct(x, rows, bias, threshold, rows, torch.zeros(48))
-    assert max(sizes) == 10 * 48
-    assert sum(sizes) == 3 * 70 * 48
+    found = kernels.encode_sparse(x, rows, bias, threshold)
+    assert [size for size, _ in widened] == [8, 9, 9, 9] * 2
+    assert len({place for _, place in widened[:4]}) == 1
+    pre = kernels.linear(x, rows, bias)
     torch.testing.assert_close(pre, product(x, rows, bias), rtol=0, atol=2e-5)
     acts = pre * (pre > threshold)
     assert all(torch.equal(a, b) for a, b in zip(found, kernels.nonzero_csr(acts), strict=True))
+    x_hat = kernels.reconstruct(x, rows, bias, threshold, rows, torch.zeros(48))
     torch.testing.assert_close(x_hat, acts @ rows.float(), rtol=1e-4, atol=1e-3)
-    sizes.clear()
-    kernels.encode_sparse(x, rows.float(), bias, threshold)
-    assert not sizes
+
+
+@pytest.mark.parametrize("wanting", range(3))
+def test_gradients_pass_through_rows_of_half_precision(monkeypatch, wanting):
+    """Of x, of the rows, of the bias."""
+    monkeypatch.setattr(tiles, "CPU_WIDENED", 10 * 48)
+    x, rows, bias = parts(8)
+    ours, plain = [x, rows.half(), bias], [x.clone(), rows.half(), bias.clone()]
+    ours[wanting].requires_grad_()
+    plain[wanting].requires_grad_()
+    (got,) = torch.autograd.grad(kernels.linear(*ours).square().sum(), ours[wanting])
+    want = torch.nn.functional.linear(plain[0], plain[1].float(), plain[2])
+    (want,) = torch.autograd.grad(want.square().sum(), plain[wanting])
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert want.any()

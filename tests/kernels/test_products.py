@@ -82,7 +82,9 @@ def test_tiles_change_which_rows_are_computed_together_and_nothing_else(parts, r
     torch.testing.assert_close(whole[2], cut[2])
 
 
-def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monkeypatch, dtype):
+    monkeypatch.setattr(tiles, "CPU_WIDENED", 3 * 16)
     sizes, places = [], []
     plain = torch_ops.affine
 
@@ -92,7 +94,7 @@ def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monk
         return tile
 
     monkeypatch.setattr(torch_ops, "affine", noted)
-    encoded(parts)
+    encoded(parts, dtype)
     assert sum(n * f for n, f in sizes) == 11 * 37
     assert max(n for n, _ in sizes) == 3
     assert max(n * f for n, f in sizes) <= 24
