@@ -30,7 +30,6 @@ sweep   ours/dense over sizes and shares of active features; what is above 1.05 
 import argparse
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import speed_parts
 import torch
+from record import Record
 from speed_peers import PEERS
 from speed_workers import ENVIRONMENTS
 
@@ -59,18 +59,6 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]
             "decode": lambda: speed_parts.decode(seconds),
             "peers": lambda: speed_parts.peers(seconds, peers, options.environments),
             "memory": speed_parts.memory, "sweep": sweeps}
-
-
-def lines(options: argparse.Namespace) -> Iterator[str]:
-    """All that is printed."""
-    yield " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
-    yield machine(options)
-    for name, part in parts(options).items():
-        if name in options.only:
-            start = time.monotonic()
-            yield f"\n=== {name}; load average {os.getloadavg()[0]:.1f}"
-            yield from part()
-            yield f"({time.monotonic() - start:.0f} s)"
 
 
 def machine(options: argparse.Namespace) -> str:
@@ -101,18 +89,20 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="without other libraries")
     parser.add_argument("--large", action="store_true", help="training steps at (768, 16384), too: half an hour")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help=f"peers' folder ({ENVIRONMENTS})")
-    parser.add_argument("--record", action="store_true", help=f"write what is printed to {RESULT.name}, too")
+    parser.add_argument("--record", action="store_true",
+                        help=f"write what is printed to {RESULT.name}, too, in place of the same parts there")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = []
-    for line in lines(options):
-        print(line, flush=True)
-        found.append(line)
-    if options.record:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text("\n".join(found) + "\n")
+    record = Record(RESULT if options.record else None, machine(options))
+    for name, part in parts(options).items():
+        if name in options.only:
+            record.section(name)
+            start, load = time.monotonic(), os.getloadavg()[0]
+            for line in part():
+                record.say(line)
+            record.say(f"({time.monotonic() - start:.0f} s; load average at the beginning {load:.1f})")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import argparse
 import copy
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -43,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record
 from speed_gpu_parts import (
     Bench,
     Builds,
@@ -284,33 +284,6 @@ def language_model(bench: Bench, modes: tuple[str, ...], section: Callable[[str]
 # --- command line -------------------------------------------------------------------------------------------
 
 
-class Record:
-    """Lines on the screen and, if there is a path, in sections of a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path, self.sections, self.now = path, {}, ""  # type: Path | None, dict[str, list[str]], str
-        if path is not None and path.exists():
-            for text in re.split(r"^== ", path.read_text(), flags=re.MULTILINE)[1:]:
-                name, *lines = text.rstrip().splitlines()
-                self.sections[name.removesuffix(" ==")] = lines
-
-    def section(self, name: str) -> None:
-        """Begin one; what a file had under this name is gone."""
-        self.now, self.sections[name] = name, []
-        print(f"\n== {name} ==", flush=True)
-        self.say("python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-        self.say(machine())
-
-    def say(self, line: str) -> None:
-        """Print a line, and write it."""
-        print(line, flush=True)
-        self.sections[self.now].append(line)
-        if self.path is not None:
-            self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text("\n\n".join("\n".join([f"== {name} ==", *lines])
-                                             for name, lines in self.sections.items()) + "\n")
-
-
 def machine() -> str:
     """What it runs on."""
     try:
@@ -354,7 +327,7 @@ def main() -> None:
         path = RESULTS / f"speed-gpu-{name}.txt"
     if options.smoke:
         torch.set_num_threads(1)
-    record = Record(path)
+    record = Record(path, machine())
     device, rounds = ("cpu", 1) if options.smoke else ("cuda", options.rounds)
     bench = Bench(torch.device(device), options.smoke, rounds, getattr(torch, options.sae_dtype), options.bandwidth,
                   record.say)

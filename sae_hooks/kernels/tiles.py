@@ -124,12 +124,13 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
 
 def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """affine of few tokens and many numbers in rows, on a CPU."""
+    many = rows.numel() >= 2 * LARGE
     if ONEDNN is not None and torch.backends.mkldnn.enabled and is_untraced(x, rows, bias):  # it has no gradients
-        if x.dtype == torch.float32 and len(x) == 1:
+        if x.dtype == torch.float32 and len(x) == 1 and many:
             return ONEDNN(x, rows, bias, "none", [], "")
         if x.dtype == torch.float32 and len(x) in THIN:
             return ONEDNN(rows, x, None, "none", [], "").add_(bias[:, None]).T.contiguous()
-    if len(x) > 1 and rows.numel() >= 2 * LARGE:
+    if len(x) > 1 and many:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     return F.linear(x, rows, bias)
 

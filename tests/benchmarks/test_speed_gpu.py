@@ -83,10 +83,10 @@ def test_thresholds_give_the_l0_that_was_asked_for_also_off_the_tokens_that_set_
 
 
 def test_a_record_keeps_the_sections_that_were_not_run_again(parts, tmp_path, monkeypatch):
-    import speed_gpu
+    from record import Record
 
     for section, line in (("step", "old"), ("splice", "other"), ("step", "new")):
-        record = speed_gpu.Record(tmp_path / "record.txt")
+        record = Record(tmp_path / "record.txt", "a machine")
         record.section(section)
         record.say(line)
 

@@ -54,7 +54,11 @@ def test_small_rows_are_left_to_mkl(calls, monkeypatch):
     assert not calls
     monkeypatch.setattr(tiles, "LARGE", 70 * 48)
     kernels.linear(*parts(8))
+    kernels.linear(*parts(1))
     assert len(calls) == 1
+    monkeypatch.setattr(tiles, "LARGE", 70 * 48 // 2)  # MKL is as quick with one token of rows of half that size
+    kernels.linear(*parts(1))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)

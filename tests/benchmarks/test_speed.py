@@ -1,0 +1,49 @@
+"""benchmarks/speed.py: each of our ways computes what the dense way does, or says that it does not; small shapes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STEPS = ["product", "objective", "update", "topk", "autograd", "by hand"]
+INFERENCE = [f"inference/{who}" for who in ("ours", "topk", "dense", "by hand")]
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_workers
+
+    return speed_workers
+
+
+@pytest.fixture
+def given(workers):
+    """(data, what every way must find) as a worker reads them."""
+    import speed_parts
+    from speed_ways import make_data
+
+    data = make_data(64, 256, 96, 8.0, 12.0)
+    return vars(data), speed_parts.expected(data)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("way", STEPS + INFERENCE)
+def test_each_way_runs_and_finds_what_the_dense_one_finds(workers, given, way):
+    calls, _ = workers.built(way, *given)
+    assert set(calls) == ({"encode", "splice", "splice 4", "splice 1"} if way in INFERENCE else {"step"})
+    for call in calls.values():
+        assert workers.seconds(call, 2) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("way", [way for way in STEPS + INFERENCE if way != "product"])
+def test_a_way_that_finds_anything_else_ends(workers, given, way):
+    data, expected = given
+    wrong = {name: t * 1.01 if t.is_floating_point() else t for name, t in expected.items()}
+    with pytest.raises(AssertionError, match="of its length away"):
+        workers.built(way, data, {**wrong, "loss of topk": expected["loss of topk"] * 1.1})
+    if way in INFERENCE:
+        with pytest.raises(AssertionError):
+            workers.built(way, data, {**expected, "features": torch.tensor(1), "features of topk": torch.tensor(1)})
