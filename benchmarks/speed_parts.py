@@ -7,21 +7,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from speed_measure import Call, check_same, compare, fastest, ratio, rounds
 from speed_peers import PEERS, K
-from speed_ways import (
-    Call,
-    Data,
-    check_same,
-    compare,
-    dense_encoder,
-    dense_step,
-    fastest,
-    gradients,
-    make_data,
-    our_step,
-    ratio,
-    rounds,
-)
+from speed_ways import Data, dense_encoder, dense_step, gradients, make_data, our_step
 from speed_workers import ENVIRONMENTS, Worker
 from speed_workers import FEW as STEPPED
 from torch import Tensor
@@ -37,9 +25,9 @@ ROWS = {"objective": "ours (a): objective, backward, Adam", "update": "ours (b):
         "by hand": "dense by hand, Adam", "SAELens": "SAELens, SAETrainer.step",
         "dictionary_learning": "dictionary_learning, update", "sparsify": f"sparsify, TopK {K}, Adam"}
 OWN = ("ours", "topk", "dense", "by hand")
-INFERENCE = {"ours": "ours", "topk": f"ours, TopK {K}", "dense": "dense", "by hand": "dense by hand",
+NAMES = {"ours": "ours", "topk": f"ours, TopK {K}", "dense": "dense", "by hand": "dense by hand",
              "SAELens": "SAELens", "dictionary_learning": "dictionary_learning", "sparsify": f"sparsify, TopK {K}"}
-STEPS = {way: way for way in PEERS} | {"ours": "update", "topk": "", "dense": "autograd", "by hand": "by hand"}
+STEP_OF = {way: way for way in PEERS} | {"ours": "update", "topk": "", "dense": "autograd", "by hand": "by hand"}
 STEP_TARGETS = {"autograd": 5.0, "by hand": 4.0, "SAELens": 7.0, "dictionary_learning": 6.0, "sparsify": 1.7}
 KEPT_TARGETS = STEP_TARGETS | {"autograd": 4.0}
 OVER_PRODUCT = 1.35
@@ -225,8 +213,8 @@ def peers(seconds: float, names: Sequence[str], environments: Path) -> Iterator[
         yield f"  {'MiB at the peak':26}{'splice':>9}{'step':>9}"
         for way in (*OWN, *names):
             found = [peak(f"memory/splice/{way}", path, environments)]
-            found += [peak(f"memory/step/{STEPS[way]}", path, environments)] if STEPS[way] else []
-            yield f"  {INFERENCE[way]:26}" + "".join(f"{mib:9.1f}" for mib in found)
+            found += [peak(f"memory/step/{STEP_OF[way]}", path, environments)] if STEP_OF[way] else []
+            yield f"  {NAMES[way]:26}" + "".join(f"{mib:9.1f}" for mib in found)
 
 
 def inference_table(ways: Sequence[str], path: Path, settings: dict[str, str], environments: Path,
@@ -240,7 +228,7 @@ def inference_table(ways: Sequence[str], path: Path, settings: dict[str, str], e
     yield f"  {'way':26}" + "".join(f"{call:>11}{'/ours':>7}" for call in calls)
     for way in ways:
         same_gate = "topk" if way == "sparsify" else "ours"
-        yield f"  {INFERENCE[way]:26}" + "".join(
+        yield f"  {NAMES[way]:26}" + "".join(
             f"{ms(found[way]):11.2f}{ratio(found, way, same_gate):7.2f}" for found in times.values())
 
 

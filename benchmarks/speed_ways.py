@@ -4,15 +4,14 @@ The dense ways are PyTorch's own operations; `Tuned` is the quickest dense step 
 chunk by chunk with everything between them in the cache, the backward pass by hand, into buffers that stay.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from speed_measure import Call, fastest
 from torch import Tensor
 
 from sae_hooks import SAE
@@ -26,8 +25,6 @@ BETAS = (0.0, 0.999)
 CLEAR = 1e-5  # of a pre-activation's spread: no pre-activation is nearer to where rounding would decide
 CHUNKS = (256, 1024)  # tokens: what Tuned tries
 LEAVES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-
-Call = Callable[[], Any]
 
 
 # --- data ----------------------------------------------------------------------------------------------------
@@ -109,48 +106,6 @@ def clear_tokens(data: Data, tokens: int, g: torch.Generator) -> Tensor:
         near = torch.stack([((pre - edge).abs() < CLEAR * d_in**-0.5).any(1) for edge in edges]).any(0)
         found.append(part[~near])
     return torch.cat(found)[:tokens].clone()
-
-
-# --- timing --------------------------------------------------------------------------------------------------
-
-def rounds(ways: Mapping[str, Callable[[], float]], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """What each way says of itself (its CPU seconds), in rounds that begin with another way each: as many as take about
-    so long, `least` to 200."""
-    names = list(ways)
-    once = sum(ways[name]() for name in names)  # warms up, too
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(min(max(round(seconds / once), least), 200)):
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            times[name].append(ways[name]())
-    return times
-
-
-def compare(ways: Mapping[str, Call], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """CPU seconds of a call of each way, in each of interleaved rounds, `least` at least."""
-    first = {name: cpu_seconds(way) for name, way in ways.items()}
-    shortest = min(t if t > 0.05 else cpu_seconds(ways[name]) for name, t in first.items())
-    repeats = max(1, min(2000, round(0.003 / shortest)))  # so that the shortest takes 3 ms
-    timed = {name: lambda way=way: cpu_seconds(way, repeats) for name, way in ways.items()}
-    return {name: [t / repeats for t in found] for name, found in rounds(timed, seconds, least).items()}
-
-
-def cpu_seconds(way: Call, repeats: int = 1) -> float:
-    """CPU seconds of so many calls."""
-    start = time.process_time()
-    for _ in range(repeats):
-        way()
-    return time.process_time() - start
-
-
-def ratio(times: Mapping[str, Sequence[float]], above: str, below: str) -> float:
-    """How many times as long one way takes as the other: the median over rounds."""
-    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
-
-
-def fastest(ways: Sequence[Callable[[], Any]]) -> int:
-    """Which of these is the quickest, by a short trial."""
-    times = compare({str(i): way for i, way in enumerate(ways)}, 0.05, least=1)
-    return min(range(len(ways)), key=lambda i: statistics.median(times[str(i)]))
 
 
 # --- a training step: each way is a pair (its leaves, what leaves the loss's gradients in them and gives the loss) ---
@@ -343,13 +298,6 @@ def gradients(step: Step) -> dict[str, Tensor]:
     return {"loss": loss, **found}
 
 
-def check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-4) -> None:
-    """AssertionError unless all that was found is as expected, to rounding."""
-    for name, tensor in found.items():
-        apart = float((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-30))
-        assert apart < tolerance, f"{name} is {apart:.1e} of its length away from the dense way's"
-
-
 # --- inference -----------------------------------------------------------------------------------------------
 
 def dense_encoder(data: Data) -> Callable[[Tensor], Tensor]:
@@ -385,7 +333,7 @@ def tuned_inference(data: Data, chunk: int = 256) -> tuple[Call, Call]:
             at = flat.nonzero().view(-1)
             rows, columns = at // len(data.W_enc), at % len(data.W_enc)
             found.append((rows, columns, flat.take(at)))
-        return torch.cat([part[2] for part in found])
+        return tuple(map(torch.cat, zip(*found, strict=True)))[2]
 
     def splice(x: Tensor) -> Tensor:
         x_hat = torch.empty_like(x)

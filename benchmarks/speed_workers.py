@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from typing import Any
 
 import speed_peers as peers
 import torch
+from speed_measure import check_same, cpu_seconds, fastest
 from speed_peers import PEERS, Calls, K, Tensors
 
 ENVIRONMENTS = Path(tempfile.gettempdir()) / "sae_hooks-speed"
@@ -98,15 +98,7 @@ def main() -> None:
     print(json.dumps({**about, "torch": torch.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         repeats, call = line.split(maxsplit=1)
-        print(seconds(calls[call.strip()], int(repeats)), file=answers, flush=True)
-
-
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds of a call, of so many on average."""
-    start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
+        print(cpu_seconds(calls[call.strip()], int(repeats)) / int(repeats), file=answers, flush=True)
 
 
 def built(way: str, tensors: Tensors, expected: Tensors) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
@@ -118,16 +110,10 @@ def built(way: str, tensors: Tensors, expected: Tensors) -> tuple[dict[str, Call
     if who in PEERS:
         step, module = peers.STEPS[who](tensors)
         x_hat, l0 = peers.seen(module, tensors["x"])
-        same(x_hat, expected["x_hat of topk" if who == "sparsify" else "x_hat"])
+        check_same({"x_hat of topk" if who == "sparsify" else "x_hat": x_hat}, expected)
         return {"step": step}, {"l0": l0, **about}
     step, about = own(way, tensors, expected)
     return {"step": step}, about
-
-
-def same(x_hat: torch.Tensor, target: torch.Tensor) -> None:
-    """AssertionError unless the reconstruction is that one, to rounding."""
-    apart = float((x_hat - target).norm() / target.norm())
-    assert apart < 1e-4, f"the reconstruction is {apart:.1e} of its length away from the dense way's"
 
 
 def own(way: str, tensors: Tensors, expected: Tensors) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -146,9 +132,9 @@ def own(way: str, tensors: Tensors, expected: Tensors) -> tuple[Callable[[], Any
         "objective": lambda: {"": ways.our_step(data)},
     }[way]()
     for variant in variants.values():
-        ways.check_same(ways.gradients(variant), expected)
+        check_same(ways.gradients(variant), expected)
     whole = [ways.with_adam(variant) for variant in variants.values()]
-    best = ways.fastest(whole) if len(whole) > 1 else 0
+    best = fastest(whole) if len(whole) > 1 else 0
     return whole[best], {"note": list(variants)[best]}
 
 
@@ -162,19 +148,18 @@ def update(data: Any, expected: Tensors, k: int | None) -> tuple[Callable[[], An
     learner, step = ways.our_update(data, k)
     loss, state = step(), learner.state()
     if k is not None:
-        ways.check_same({"loss of topk": loss}, expected, 1e-2)
+        check_same({"loss of topk": loss}, expected, 1e-2)
         return step, {}
     found = {name: (state[f"adam.{name}.exp_avg_sq"] / (1 - ways.BETAS[1])).sqrt() for name in learner.trained}
     found["W_enc"] = found["W_enc"].t()
     wanted = {name: expected[name].clone() for name in found}
     remove_along(wanted["W_dec"], data.W_dec)
-    ways.check_same({"loss": loss, **found}, {"loss": expected["loss"], **{n: t.abs() for n, t in wanted.items()}})
+    check_same({"loss": loss, **found}, {"loss": expected["loss"], **{n: t.abs() for n, t in wanted.items()}})
     return step, {}
 
 
 def product(data: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """x @ W_enc and nothing else, into memory that stays."""
-    import speed_ways as ways
 
     out, x = torch.empty(len(data.x), len(data.W_enc)), data.x
     feature_major, other = data.W_enc.t(), data.W_enc.t().contiguous()
@@ -185,7 +170,7 @@ def product(data: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
 
     variants = {"W_enc (d_sae, d_in)": lambda: torch.mm(x, feature_major, out=out),
                 "W_enc (d_in, d_sae)": lambda: torch.mm(x, other, out=out), "256 tokens at once": chunked}
-    best = ways.fastest(list(variants.values()))
+    best = fastest(list(variants.values()))
     return list(variants.values())[best], {"note": list(variants)[best]}
 
 
@@ -241,10 +226,9 @@ def resident(what: str) -> float:
 def inference(who: str, tensors: Tensors, expected: Tensors) -> dict[str, Callable[[], Any]]:
     """Encoding and splicing all tokens, and splicing few."""
     values, splice = INFERENCE[who](tensors)
-    x, target = tensors["x"], expected["x_hat of topk" if who in ("topk", "sparsify") else "x_hat"]
-    same(splice(x), target)
-    found = values(x)
-    assert int((found > 0).sum()) == int(expected["features of topk" if who in ("topk", "sparsify") else "features"])
+    x, gate = tensors["x"], " of topk" if who in ("topk", "sparsify") else ""
+    check_same({f"x_hat{gate}": splice(x)}, expected)
+    assert int((values(x) > 0).sum()) == int(expected[f"features{gate}"]), "other numbers of features"
     calls = {"encode": lambda: values(x), "splice": lambda: splice(x)}
     calls |= {f"splice {n}": lambda n=n: splice(x[:n]) for n in FEW}
     return {name: torch.no_grad()(call) for name, call in calls.items()}

@@ -1,7 +1,7 @@
 """Pre-activations, a tile at a time: how large tiles are, and the one product that all of the library decides by.
 
 Products accumulate in float32 (float64 if both sides are) whatever the weights are stored in: half-precision rows are
-widened a tile at a time, because a rounding error at the threshold is an error of the threshold's size, and because
+widened some at a time, because a rounding error at the threshold is an error of the threshold's size, and because
 half-precision matrix products are 5 to 14 times slower than float32 on CPUs without such instructions. GPUs multiply
 halves by halves as they are, which is exact, and sum in float32. torch.autocast changes nothing.
 """
@@ -95,7 +95,7 @@ def affine(
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     if rows.dtype != x.dtype:
-        if rows.numel() > (CPU_WIDENED if x.is_cpu else GPU_WIDENED) and is_untraced(x, rows, bias):
+        if len(rows) > widened_at_once(x) and is_untraced(x, rows, bias):
             return affine_widened(x, rows, bias, room)
         rows = rows.to(x.dtype)
     if rows.numel() >= LARGE and 0 < len(x) <= FEW and x.is_cpu:
@@ -110,11 +110,16 @@ def within(room: Tensor, n: int, m: int) -> Tensor:
     return room[:n * m].view(n, m)
 
 
+def widened_at_once(x: Tensor) -> int:
+    """How many rows of half precision are, for x (n, d_in)."""
+    return max((CPU_WIDENED if x.is_cpu else GPU_WIDENED) // x.shape[1], 1)
+
+
 def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -> Tensor:
     """affine of rows of another dtype than x, some of which are widened at a time, into the same memory."""
     n, (m, d_in) = len(x), rows.shape
     out = x.new_empty(n, m) if room is None else within(room, n, m)
-    most = max((CPU_WIDENED if x.is_cpu else GPU_WIDENED) // d_in, 1)
+    most = widened_at_once(x)
     wide_rows = x.new_empty(most, d_in)
     for f in slices(m, most):
         part = wide_rows[:f.stop - f.start].copy_(rows[f])

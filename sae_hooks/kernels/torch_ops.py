@@ -1,5 +1,7 @@
 """SAE arithmetic in PyTorch operations, for any device."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     """CSR of the k largest positive pre-activations of each row, indices ascending; holds TOPK_SIZE pre-activations, or
     those of one token."""
     found = []
-    for t in slices(len(x), max(TOPK_SIZE // len(W_rows), 1)):
+    for t in _held(len(x), len(W_rows)):
         found.append(_moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
     return _compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
 
@@ -131,8 +133,7 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     if is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
-    tiles = slices(len(x), max(TOPK_SIZE // len(W_rows), 1))
-    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in tiles]
+    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in _held(len(x), len(W_rows))]
     dtype = wide(x, W_rows)
     sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
     return sums.add_(b_dec).add_(_nothing(x, dtype))
@@ -146,7 +147,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     if is_little(acts, W_dec):
         return _dense(cast(b_dec, dtype), cast(acts, dtype), W_dec)
     out = cast(b_dec, dtype).repeat(len(acts), 1)
-    for t in slices(len(acts), max(TOPK_SIZE // len(W_dec), 1)):
+    for t in _held(len(acts), len(W_dec)):
         part = cast(acts[t], dtype)
         active = part != 0
         if _is_much(count(active), part, part.numel()):
@@ -195,6 +196,11 @@ def _sparse_or_dense(
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
     return gated(pre, marks, pre) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
+
+
+def _held(n: int, d_sae: int) -> Iterator[slice]:
+    """The tokens, of n, of which all d_sae features are held together."""
+    return slices(n, max(TOPK_SIZE // d_sae, 1))
 
 
 def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
