@@ -118,11 +118,16 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
-        W_rows = self.W_enc.T
-        return _shaped(kernels.linear(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc), x)
+        pre = self._at_once(x)
+        if pre is None:
+            W_rows = self.W_enc.T
+            pre = kernels.linear(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc)
+        return _shaped(pre, x)
 
     def encode(self, x: Tensor) -> Tensor:
         """Map activations x (..., d_in) to feature activations (..., d_sae), in x's own scale; float32 or wider."""
+        if (pre := self._at_once(x)) is not None:
+            return _shaped(self.gate(pre), x)
         if torch.compiler.is_compiling() or self._needs_plain(x):
             return self.gate(self.pre_activations(x))
         W_rows, threshold = self.W_enc.T, self.threshold
@@ -133,7 +138,7 @@ class SAE(nn.Module):
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
-        threshold = self.threshold
+        threshold = self._parameters.get("threshold")
         if threshold is not None:
             return pre * (pre > threshold)
         assert self.k is not None
@@ -145,16 +150,26 @@ class SAE(nn.Module):
 
         (n, d_sae) is never held; TopK compares all features of a token, and takes its tokens in slices.
         """
-        W_rows, threshold = self.W_enc.T, self.threshold
-        rows = self._rows(x, W_rows.shape[1])
+        pre, threshold = self._at_once(x), self.threshold
+        if pre is None:
+            W_rows = self.W_enc.T
+            rows = self._rows(x, W_rows.shape[1])
+            if threshold is not None:
+                return kernels.encode_sparse(rows, W_rows, self.b_enc, threshold)
+            assert self.k is not None
+            return kernels.encode_topk(rows, W_rows, self.b_enc, self.k)
         if threshold is not None:
-            return kernels.encode_sparse(rows, W_rows, self.b_enc, threshold)
+            return kernels.compressed(kernels.above(pre, threshold), len(pre))
         assert self.k is not None
-        return kernels.encode_topk(rows, W_rows, self.b_enc, self.k)
+        return kernels.compressed(kernels.largest(pre, self.k), len(pre))
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
-        rows = self._rows(acts, self.d_sae)
+        own: Mapping[str, Any] = self._parameters
+        W_dec, b_dec = own["W_dec"], own["b_dec"]
+        rows = self._rows(acts, W_dec.shape[0])
+        if (x_hat := kernels.decoded_at_once(rows, W_dec, b_dec)) is not None:
+            return _shaped(x_hat, acts)
         if self._needs_plain(acts):
             dtype = kernels.wide(acts, self.W_dec)
             return _shaped(rows.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype), acts)
@@ -169,7 +184,9 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
-        if self._needs_plain(x):
+        if (pre := self._at_once(x, decoded=True)) is not None:
+            x_hat = _shaped(self.decode(self.gate(pre)), x)
+        elif self._needs_plain(x):
             x_hat = self.decode(self.encode(x))
         else:
             W_rows, threshold = self.W_enc.T, self.threshold
@@ -222,6 +239,13 @@ class SAE(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return True
         return not torch.compiler.is_compiling() and not kernels.is_bare(x)
+
+    def _at_once(self, x: Tensor, decoded: bool = False) -> Tensor | None:
+        """Pre-activations (n, d_sae) of x (..., d_in), if they are few; decoded: and so is what they are decoded to."""
+        own: Mapping[str, Any] = self._parameters  # as attributes of a module they take a microsecond each
+        W_enc, b_enc, W_dec = own["W_enc"], own["b_enc"], own["W_dec"]
+        rows = self._rows(x, W_enc.shape[0])
+        return None if decoded and not kernels.is_little(rows, W_dec) else kernels.at_once(rows, W_enc, b_enc)
 
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """x (..., width) as (n, width)."""

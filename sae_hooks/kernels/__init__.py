@@ -3,13 +3,15 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
-from .search import Triplets, keep_largest, largest, topk_gate
+from .search import Triplets, above, keep_largest, largest, topk_gate
 from .segments import adam_rows, dots, remove_along, stable_order, starts_of, weighted_sums
-from .tiles import GPU_TOKENS, cast, is_bare, linear, slices, wide
+from .tiles import GPU_TOKENS, at_once, cast, is_bare, linear, slices, wide
 from .torch_ops import (
     Csr,
+    compressed,
     decode,
     decode_sparse,
+    decoded_at_once,
     encode,
     encode_sparse,
     encode_topk,
@@ -24,10 +26,14 @@ __all__ = [
     "GPU_TOKENS",
     "Csr",
     "Triplets",
+    "above",
     "adam_rows",
+    "at_once",
     "cast",
+    "compressed",
     "decode",
     "decode_sparse",
+    "decoded_at_once",
     "dots",
     "encode",
     "encode_sparse",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
+AT_ONCE, GPU_AT_ONCE = 2**14, 2**17  # pre-activations so few that to look for the best way is not worth it
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (3 times at 4 tokens) ...
 THIN = range(5, 65)  # ... but for these, and for one, oneDNN is quicker still: twice at 16 tokens
@@ -78,6 +79,18 @@ def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
     None where somebody must know of each tile."""
     return bias.new_empty(CPU_SIZE) if x.is_cpu and is_untraced(x, W_rows, bias) else None
+
+
+def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
+    """What `linear` makes of x (n, d_in) and W_enc (d_in, d_sae), bit for bit, where that is so little that to choose
+    how to compute it takes as long as to compute it: by one plain product, whoever must know of it. Else None."""
+    if torch.compiler.is_compiling() or W_enc.dtype is not torch.float32 or bias.dtype is not torch.float32:
+        return None
+    entries = x.shape[0] * W_enc.shape[1]
+    if (entries > AT_ONCE or W_enc.numel() >= LARGE) if x.is_cpu else entries > GPU_AT_ONCE:
+        return None
+    pre = torch.addmm(bias, cast(x, torch.float32), W_enc)
+    return pre if pre.dtype is torch.float32 else None  # torch.autocast made it a half
 
 
 def affine(

@@ -50,7 +50,7 @@ def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) ->
     pre is what `linear` makes of the same x, bit for bit; on GPUs, where many tokens are screened, but for rounding in
     float32. nan is above no threshold.
     """
-    return _compressed(find_above(x, W_rows, bias, threshold), len(x))
+    return compressed(find_above(x, W_rows, bias, threshold), len(x))
 
 
 def find_above(
@@ -86,7 +86,7 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     found = []
     for t in _held(len(x), len(W_rows)):
         found.append(_moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
-    return _compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
+    return compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
 
 
 @traceable(
@@ -157,9 +157,19 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     return out
 
 
+def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None:
+    """What `decode` makes of acts (n, d_sae), where that is little, as `at_once` has it; else None."""
+    if torch.compiler.is_compiling() or W_dec.dtype is not torch.float32 or b_dec.dtype is not torch.float32:
+        return None
+    if not is_little(acts, W_dec):
+        return None
+    x_hat = torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
+    return x_hat if x_hat.dtype is torch.float32 else None  # torch.autocast made it a half
+
+
 def nonzero_csr(acts: Tensor) -> Csr:
     """CSR of the non-zero entries of acts (n, d_sae)."""
-    return _compressed(marked(acts, acts != 0), len(acts))
+    return compressed(marked(acts, acts != 0), len(acts))
 
 
 @traceable(
@@ -210,7 +220,7 @@ def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_little(x: Tensor, W_dec: Tensor) -> bool:
     """Whether decoding the tokens of x (n, ...) is too little for counting first what is active. No GPU waits then."""
-    return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if on_cpu(x) else GPU_SMALL)
+    return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if x.is_cpu else GPU_SMALL)
 
 
 def _is_much(active: int, where: Tensor, of: int) -> bool:
@@ -228,7 +238,7 @@ def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
 
 def _sums(found: Triplets, n: int, W_dec: Tensor) -> Tensor:
     """What n rows with these entries are decoded to, without b_dec."""
-    return weighted_sums(*_compressed(found, n), W_dec)
+    return weighted_sums(*compressed(found, n), W_dec)
 
 
 def _sums_of_largest(pre: Tensor, k: int, W_dec: Tensor) -> Tensor:
@@ -265,7 +275,7 @@ def _joined(parts: list[Triplets], like: Tensor) -> Triplets:
     return rows, columns, values
 
 
-def _compressed(found: Triplets, n: int) -> Csr:
+def compressed(found: Triplets, n: int) -> Csr:
     """The CSR of n rows with these entries, which are in order."""
     rows, columns, values = found
     return torch.searchsorted(rows, torch.arange(n + 1, device=rows.device)), columns, values

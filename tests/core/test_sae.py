@@ -24,6 +24,17 @@ KINDS = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["small", "large"], autouse=True)
+def large(request, monkeypatch):
+    """Both ways: all at once, as few tokens and features are taken; in tiles, by the features that are active."""
+    if request.param:
+        monkeypatch.setattr(tiles, "AT_ONCE", 0)
+        monkeypatch.setattr(tiles, "CPU_SIZE", 64)
+        monkeypatch.setattr(tiles, "LARGE", 0)
+        monkeypatch.setattr(search, "FEW_MARKS", 0)
+        monkeypatch.setattr(torch_ops, "SMALL", 0)
+
+
 @pytest.fixture(params=KINDS)
 def sae(request, random_sae):
     settings = dict(KINDS[request.param])
@@ -259,20 +270,10 @@ def test_the_repr_tells_sizes_gate_and_site(random_sae):
     assert "20 -> 90 -> 20, top 4" in repr(random_sae(20, 90, k=4))
 
 
-@pytest.fixture(params=[False, True], ids=["small", "large"])
-def large(request, monkeypatch):
-    """The way that many tokens and features are taken: in tiles, by the features that are active."""
-    if request.param:
-        monkeypatch.setattr(tiles, "CPU_SIZE", 64)
-        monkeypatch.setattr(tiles, "LARGE", 0)
-        monkeypatch.setattr(search, "FEW_MARKS", 0)
-        monkeypatch.setattr(torch_ops, "SMALL", 0)
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
 @pytest.mark.parametrize("k", [None, 9])
 @pytest.mark.parametrize("way", ["encode", "forward"])
-def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way, k, large):
+def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way, k):
     function = getattr(random_sae(20, 90, k=k), way)
     g = torch.Generator().manual_seed(4)
     x, along = torch.randn(6, 20, generator=g), torch.randn(6, 20, generator=g)
@@ -287,7 +288,7 @@ def test_forward_mode_derivatives_are_those_of_the_backward_mode(random_sae, way
 
 @pytest.mark.parametrize("k", [None, 9])
 @pytest.mark.parametrize("way", ["encode", "forward", "pre_activations"])
-def test_vmap_gives_what_the_rows_give(random_sae, way, k, large):
+def test_vmap_gives_what_the_rows_give(random_sae, way, k):
     function = getattr(random_sae(20, 90, k=k), way)
     x = torch.randn(5, 6, 20, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(torch.func.vmap(function)(x), function(x))
