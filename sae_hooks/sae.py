@@ -242,7 +242,7 @@ class SAE(nn.Module):
 
     def _at_once(self, x: Tensor, decoded: bool = False) -> Tensor | None:
         """Pre-activations (n, d_sae) of x (..., d_in), if they are few; decoded: and so is what they are decoded to."""
-        own: Mapping[str, Any] = self._parameters  # as attributes of a module they take a microsecond each
+        own: Mapping[str, Any] = self._parameters  # read as attributes they take a microsecond each, here and above
         W_enc, b_enc, W_dec = own["W_enc"], own["b_enc"], own["W_dec"]
         rows = self._rows(x, W_enc.shape[0])
         return None if decoded and not kernels.is_little(rows, W_dec) else kernels.at_once(rows, W_enc, b_enc)

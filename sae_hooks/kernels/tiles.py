@@ -89,8 +89,9 @@ def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
     entries = x.shape[0] * W_enc.shape[1]
     if (entries > AT_ONCE or W_enc.numel() >= LARGE) if x.is_cpu else entries > GPU_AT_ONCE:
         return None
-    pre = torch.addmm(bias, cast(x, torch.float32), W_enc)
-    return pre if pre.dtype is torch.float32 else None  # torch.autocast made it a half
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.addmm(bias, cast(x, torch.float32), W_enc)
 
 
 def affine(

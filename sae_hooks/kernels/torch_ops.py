@@ -161,10 +161,9 @@ def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None
     """What `decode` makes of acts (n, d_sae), where that is little, as `at_once` has it; else None."""
     if torch.compiler.is_compiling() or W_dec.dtype is not torch.float32 or b_dec.dtype is not torch.float32:
         return None
-    if not is_little(acts, W_dec):
+    if not is_little(acts, W_dec) or torch.is_autocast_enabled(acts.device.type):
         return None
-    x_hat = torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
-    return x_hat if x_hat.dtype is torch.float32 else None  # torch.autocast made it a half
+    return torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
 
 
 def nonzero_csr(acts: Tensor) -> Csr:
