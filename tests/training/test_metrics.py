@@ -15,7 +15,7 @@ from core.reference import FullEdit, array, encode, ordinary, reconstruct, sampl
 from torch import Tensor
 from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 
-from sae_hooks import attach_saes, detach_saes, kernels
+from sae_hooks import attach_saes, detach_saes
 from sae_hooks.errors import DataError, SaeAttachError, SaeMismatchError, SiteError
 from sae_hooks.measure import Statistics
 from sae_hooks.sae import SAE
@@ -177,8 +177,10 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
 
 def test_each_activation_is_encoded_once(model_with_a_sink_token: LlamaForCausalLM, monkeypatch: Any) -> None:
     encoded = []
-    real = kernels.encode_sparse
-    monkeypatch.setattr(kernels, "encode_sparse", lambda x, *rest: (encoded.append(len(x)), real(x, *rest))[1])
+    real = SAE.encode_sparse
+    monkeypatch.setattr(SAE, "encode_sparse", lambda sae, x: (encoded.append(len(x)), real(sae, x))[1])
+    for other in ("encode", "pre_activations", "forward"):
+        monkeypatch.setattr(SAE, other, lambda *_: pytest.fail("encoded once more"))
 
     measured(model_with_a_sink_token, identity_sae())
 
