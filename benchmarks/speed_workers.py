@@ -160,7 +160,6 @@ def update(data: Any, expected: Tensors, k: int | None) -> tuple[Callable[[], An
 
 def product(data: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """x @ W_enc and nothing else, into memory that stays."""
-
     out, x = torch.empty(len(data.x), len(data.W_enc)), data.x
     feature_major, other = data.W_enc.t(), data.W_enc.t().contiguous()
 

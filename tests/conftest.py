@@ -31,6 +31,17 @@ def hub():
     loopback.HUB.faults.clear()
 
 
+@pytest.fixture
+def fake_gpus():
+    """The module fakegpu, with its devices there; skipped where torch's private means for them are missing."""
+    try:
+        import fakegpu
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"this torch has no such private means: {error}")
+    with fakegpu.fake_gpus():
+        yield fakegpu
+
+
 @pytest.fixture(scope="session")
 def tiny_gemma2_loaded():
     """The one loaded copy behind `tiny_gemma2`; read only."""

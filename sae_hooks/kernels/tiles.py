@@ -83,7 +83,8 @@ def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
 
 def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
     """What `linear` makes of x (n, d_in) and W_enc (d_in, d_sae), bit for bit, where that is so little that to choose
-    how to compute it takes as long as to compute it: by one plain product, whoever must know of it. Else None."""
+    how to compute it takes as long as to compute it: (n, d_sae) by one plain product, which autograd and torch.func
+    follow. Else None."""
     if torch.compiler.is_compiling() or W_enc.dtype is not torch.float32 or bias.dtype is not torch.float32:
         return None
     entries = x.shape[0] * W_enc.shape[1]

@@ -158,7 +158,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None:
-    """What `decode` makes of acts (n, d_sae), where that is little, as `at_once` has it; else None."""
+    """What `decode` makes of acts (n, d_sae), (n, d_out), where that is little, as `at_once` has it; else None."""
     if torch.compiler.is_compiling() or W_dec.dtype is not torch.float32 or b_dec.dtype is not torch.float32:
         return None
     if not is_little(acts, W_dec) or torch.is_autocast_enabled(acts.device.type):

@@ -42,6 +42,17 @@ def test_many_pre_activations_and_large_matrices_take_the_long_way(monkeypatch):
     assert kernels.decoded_at_once(x, W_enc, torch.zeros(70)) is None
 
 
+def test_a_gpu_has_a_limit_of_its_own_and_takes_large_matrices(fake_gpus, monkeypatch):
+    monkeypatch.setattr(tiles, "AT_ONCE", 0)
+    monkeypatch.setattr(tiles, "LARGE", 0)
+    monkeypatch.setattr(tiles, "GPU_AT_ONCE", 7 * 70)
+    monkeypatch.setattr(torch_ops, "SMALL", 0)
+    x, W_enc, bias = (t.to("fgpu:0") for t in parts(7))
+    assert torch.equal(kernels.at_once(x, W_enc, bias).cpu(), kernels.linear(x, W_enc.T, bias).cpu())
+    assert kernels.at_once(torch.cat([x, x[:1]]), W_enc, bias) is None
+    assert kernels.decoded_at_once(x, W_enc, torch.zeros(70, device="fgpu:0")) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("which", ["matrix", "bias"])
 def test_weights_that_are_not_float32_take_the_long_way(dtype, which):

@@ -105,17 +105,6 @@ def test_taking_accelerates_hooks_off_leaves_ours(four, ids, saes, expected, tmp
 # --- several devices: fake ones, with real values and CUDA's errors across devices
 
 
-@pytest.fixture
-def fake_gpus():
-    """Two devices and more; skipped where torch's private means for them are missing."""
-    try:
-        from fakegpu import fake_gpus
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"this torch has no such private means: {error}")
-    with fake_gpus():
-        yield
-
-
 def spread(model, folder, third="disk"):
     """Layer 0 and the ends on fgpu:0, layers 1 and 3 on fgpu:1, layer 2 elsewhere."""
     ends = ("model.embed_tokens", "lm_head", "model.rotary_emb", "model.norm", "model.layers.0")

@@ -26,16 +26,12 @@ def waits(func, args, kwargs):
 
 
 @pytest.fixture
-def waited(monkeypatch):
+def waited(fake_gpus, monkeypatch):
     """How often each operation made the fake GPU wait."""
-    try:
-        import fakegpu
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"this torch has no such private means: {error}")
-    found, run = Counter(), fakegpu.run
+    found, run = Counter(), fake_gpus.run
 
     def counted(func, args, kwargs):
-        there = any(isinstance(t, fakegpu.FakeTensor) for t in pytree.tree_leaves((args, kwargs)))
+        there = any(isinstance(t, fake_gpus.FakeTensor) for t in pytree.tree_leaves((args, kwargs)))
         if there and waits(func, args, kwargs):
             found[str(func)] += 1
         return run(func, args, kwargs)
@@ -46,10 +42,10 @@ def waited(monkeypatch):
             return getattr(tensor.raw, name)()
         return asking
 
-    monkeypatch.setattr(fakegpu, "run", counted)
+    monkeypatch.setattr(fake_gpus, "run", counted)
     for name in ("item", "tolist"):
-        monkeypatch.setattr(fakegpu.FakeTensor, name, read(name))
-    with torch.no_grad(), fakegpu.fake_gpus():
+        monkeypatch.setattr(fake_gpus.FakeTensor, name, read(name))
+    with torch.no_grad():
         yield found
 
 

@@ -195,23 +195,21 @@ def test_a_model_that_accelerate_off_loaded_gives_the_same_and_stays_off_loaded(
     assert {name: p.device.type for name, p in model.named_parameters()} == before
 
 
-def test_a_model_spread_over_devices_gives_the_same_rows(random_model: Any) -> None:
-    fakegpu = pytest.importorskip("fakegpu")
+def test_a_model_spread_over_devices_gives_the_same_rows(random_model: Any, fake_gpus: Any) -> None:
     windows = [np.arange(5, 11, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
     typical = {site: info.typical_norm
                for site, info in measure_sites(random_model("Gemma2"), THREE_SIDES, windows, [0, 2]).items()}
     expected = harvest(random_model("Gemma2"), typical, windows, [0, 2, 20])
-    with fakegpu.fake_gpus():
-        places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.rotary_emb", "model.norm"), "fgpu:0")
-        places |= {f"model.layers.{i}": f"fgpu:{i}" for i in range(3)}
-        model = random_model("Gemma2")
-        skipped = model._skip_keys_device_placement
-        model = accelerate.dispatch_model(model, places, main_device="fgpu:0", skip_keys=skipped)
-        ids = torch.arange(5, 11)[None]
-        found = site_activations(model, THREE_SIDES, ids, torch.ones_like(ids))
-        where = [str(x.device) for x in found.values()]
+    places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.rotary_emb", "model.norm"), "fgpu:0")
+    places |= {f"model.layers.{i}": f"fgpu:{i}" for i in range(3)}
+    model = random_model("Gemma2")
+    skipped = model._skip_keys_device_placement
+    model = accelerate.dispatch_model(model, places, main_device="fgpu:0", skip_keys=skipped)
+    ids = torch.arange(5, 11)[None]
+    found = site_activations(model, THREE_SIDES, ids, torch.ones_like(ids))
+    where = [str(x.device) for x in found.values()]
 
-        found = harvest(model, typical, windows, [0, 2, 20])
+    found = harvest(model, typical, windows, [0, 2, 20])
 
     assert where == ["fgpu:2", "fgpu:1", "fgpu:1"]
     assert all(torch.equal(found[site], expected[site]) for site in THREE_SIDES)

@@ -283,23 +283,18 @@ def test_a_bf16_model_is_measured_in_its_own_precision(tiny_gemma2: Gemma2ForCau
 
 
 def test_a_model_on_several_devices_is_measured_as_in_one_piece(random_model: Any, random_sae: Callable[..., SAE],
-                                                                tmp_path: Any) -> None:
-    try:
-        from fakegpu import fake_gpus
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"this torch has no such private means: {error}")
+                                                                fake_gpus: Any, tmp_path: Any) -> None:
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     saes = {"a": random_sae(32, 64, like=sample(random_model("Gemma2"), SITE, ids)),
             "b": random_sae(32, 64, f"{LAYER}.mlp.input", site_out=f"{LAYER}.mlp.output", norm=6)}
-    with fake_gpus():
-        want = evaluate_all(random_model("Gemma2"), saes, [(ids, torch.ones_like(ids))])
-        model = random_model("Gemma2")
-        places = {"model.embed_tokens": "fgpu:0", "lm_head": "fgpu:0", "model.rotary_emb": "fgpu:0",
-                  "model.norm": "fgpu:0", "model.layers.0": "fgpu:0", "model.layers.1": "fgpu:1",
-                  "model.layers.2": "disk"}
-        model = accelerate.dispatch_model(model, places, offload_dir=str(tmp_path), main_device="fgpu:0",
-                                          skip_keys=model._skip_keys_device_placement)
-        found = evaluate_all(model, saes, [(ids, torch.ones_like(ids))])
+    want = evaluate_all(random_model("Gemma2"), saes, [(ids, torch.ones_like(ids))])
+    model = random_model("Gemma2")
+    places = {"model.embed_tokens": "fgpu:0", "lm_head": "fgpu:0", "model.rotary_emb": "fgpu:0",
+              "model.norm": "fgpu:0", "model.layers.0": "fgpu:0", "model.layers.1": "fgpu:1",
+              "model.layers.2": "disk"}
+    model = accelerate.dispatch_model(model, places, offload_dir=str(tmp_path), main_device="fgpu:0",
+                                      skip_keys=model._skip_keys_device_placement)
+    found = evaluate_all(model, saes, [(ids, torch.ones_like(ids))])
     for name in saes:
         assert numbers(found[name]) == pytest.approx(numbers(want[name]), rel=1e-4), name
 
