@@ -110,7 +110,7 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
 def remove_along(grad: Tensor, rows: Tensor) -> None:
     """Take from each row of grad (n, d), in place, its part along the same of rows (n, d), which have norm 1 (Gemma
     Scope 1, 3.2)."""
-    grad -= (grad * rows).sum(1, keepdim=True) * rows
+    grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
 
 
 def adam_rows(
