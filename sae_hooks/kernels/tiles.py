@@ -155,6 +155,12 @@ def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, rows, bias)
 
 
+def multiplies_halves(*tensors: Tensor) -> bool:
+    """Whether `half_product` may take these: on a GPU, and where no gradients are wanted, which it doesn't give."""
+    return tensors[0].device.type in HALVES_ON and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 def half_product(x: Tensor, rows: Tensor) -> Tensor:
     """x @ rows.T in float32 of matrices of one half dtype. Each product of two such numbers is exact in float32."""
     if torch.is_autocast_enabled(x.device.type):
@@ -165,11 +171,20 @@ def half_product(x: Tensor, rows: Tensor) -> Tensor:
     return torch.mm(x, rows.T, out_dtype=torch.float32)
 
 
+def product_of_parts(x: Tensor, W: Tensor) -> Tensor:
+    """x @ W (n, d) of x (n, m) in float32 and W (m, d) in bfloat16, which is read as it is, not widened: x is the sum
+    of three matrices in bfloat16, which has 8 of float32's 24 bits."""
+    parts, rest = [], x
+    for _ in range(3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1]
+    return half_product(torch.cat(parts), W.T).view(3, len(x), -1).sum(0)
+
+
 def ready(x: Tensor, W_rows: Tensor) -> Tensor:
     """x in the dtype to compute in, or as it is, where it and the weights are of one half dtype and `half_product` is
     the quicker one, on GPUs."""
-    halves = x.dtype in HALVES and x.dtype == W_rows.dtype and x.device.type in HALVES_ON
-    if halves and not (torch.is_grad_enabled() and (x.requires_grad or W_rows.requires_grad)):  # it has no gradients
+    if x.dtype in HALVES and x.dtype == W_rows.dtype and multiplies_halves(x, W_rows):
         return x
     return cast(x, wide(x, W_rows))
 

@@ -16,6 +16,8 @@ from .tiles import (
     feature_tiles,
     is_one_tile,
     linear,
+    multiplies_halves,
+    product_of_parts,
     ready,
     room_for_tiles,
     slices,
@@ -232,6 +234,8 @@ def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
     if torch.is_autocast_enabled(acts.device.type):
         with torch.autocast(acts.device.type, enabled=False):
             return _dense(out, acts, W_dec)
+    if W_dec.dtype == torch.bfloat16 and acts.dtype == torch.float32 and multiplies_halves(acts, W_dec):
+        return out + product_of_parts(acts, W_dec)
     return torch.addmm(out, acts, cast(W_dec, acts.dtype))
 
 

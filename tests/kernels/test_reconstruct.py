@@ -149,3 +149,31 @@ def test_only_crowded_tiles_are_decoded_by_a_dense_product(monkeypatch):
     kernels.reconstruct(*parts)
     assert 0 < len(products) < 4
     assert all((acts != 0).double().mean() > 0.3 for acts in products)
+
+
+def test_a_bfloat16_decoder_is_read_as_it_is_on_gpus(monkeypatch):
+    """A dense product with it takes activations in three parts, and loses none of their bits."""
+    products = []
+
+    def spied(x, rows, product=tiles.half_product):
+        products.append((x.dtype, rows.dtype))
+        return product(x, rows)
+
+    monkeypatch.setattr(tiles, "half_product", spied)
+    monkeypatch.setattr(tiles, "HALVES_ON", ("cpu",))
+    random = torch.Generator().manual_seed(0)
+    acts = torch.randn(5, 24, generator=random) * 10.0 ** torch.linspace(-30, 30, 24)
+    eye, nothing = torch.eye(24).bfloat16(), torch.zeros(24)
+    assert torch.equal(kernels.decode(acts, eye, nothing), acts)
+    assert products == [(torch.bfloat16, torch.bfloat16)]
+    acts, W_dec, b_dec = (torch.randn(shape, generator=random) for shape in ((5, 24), (24, 7), (7,)))
+    low = W_dec.bfloat16()
+    torch.testing.assert_close(kernels.decode(acts, low, b_dec).double(), acts.double() @ low.double() + b_dec.double(),
+                               rtol=1e-5, atol=1e-5)
+    assert len(products) == 2
+    for others in ((acts, low.half()), (acts.clone().requires_grad_(), low), (acts, W_dec)):
+        kernels.decode(*others, b_dec)
+    assert len(products) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.decode(acts, low, b_dec), kernels.decode(acts, low, b_dec.clone()))
+    assert products[2:] == products[:1] * 2
