@@ -16,6 +16,8 @@ from ..errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
 MOST_CONFIG = 2**20  # bytes; a config is a few hundred
 MOST_DIGITS = 20
 
+_being_written: set[Path] = set()  # temporary files of this process
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of at most 1 MiB, strictly: no NaN, no infinity, no duplicate keys, no lone surrogates, no depth.
@@ -96,6 +98,7 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
     killed process left behind is cleared away by the next call. Raises OSError; nothing is changed then.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp") for path in files}
+    _being_written.update(temporary.values())
     try:
         for path, content in files.items():
             _clear_leftovers(path)
@@ -107,6 +110,8 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(name)
         raise
+    finally:
+        _being_written.difference_update(temporary.values())
     for folder in {path.parent for path in files}:
         sync_folder(folder)
 
@@ -129,10 +134,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove temporary files of processes that are no more."""
+    """Remove temporary files of processes that are no more. In a container the one before may have had our number."""
     for left in path.parent.glob(f".{path.name}.*.*.tmp"):
         pid = left.name.split(".")[-3]
-        if pid.isdigit() and not alive(int(pid)):
+        ours = pid == str(os.getpid())
+        if pid.isdigit() and (left not in _being_written if ours else not alive(int(pid))):
             left.unlink(missing_ok=True)
 
 

@@ -156,7 +156,7 @@ safe_files.write_atomically({Path(sys.argv[1]) / n: b"new" for n in ("weights", 
 def test_44_what_a_killed_process_leaves_is_whole_and_cleared_by_the_next_write(moment, weights, tmp_path):
     names = [tmp_path / "weights", tmp_path / "manifest"]
     write_atomically(dict.fromkeys(names, b"old"))
-    other = tmp_path / f".weights.{os.getpid()}.abcd.tmp"  # of a process that lives: ours
+    other = tmp_path / f".weights.{os.getppid()}.abcd.tmp"  # of a process that lives
     other.write_bytes(b"being written")
     run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], cwd=ROOT, timeout=120)
     assert run.returncode == -9
@@ -165,6 +165,24 @@ def test_44_what_a_killed_process_leaves_is_whole_and_cleared_by_the_next_write(
     assert len(list(tmp_path.glob(".*.tmp"))) > 1
     write_atomically(dict.fromkeys(names, b"newest"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "manifest", "weights"]
+
+
+def test_44_in_a_container_the_killed_process_had_our_number(tmp_path, monkeypatch):
+    litter = tmp_path / f".weights.{os.getpid()}.abcd.tmp"
+    litter.write_bytes(b"half")
+    seen = []
+
+    def replace(a, b, real=os.replace):
+        write_atomically({Path(b): b"another thread's"})
+        seen.append(Path(a).exists())
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b, real=os.replace: (patch.undo(), replace(a, b, real)))
+        write_atomically({tmp_path / "weights": b"new"})
+    assert seen == [True], "a file that is being written is no litter"
+    assert (tmp_path / "weights").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
 def test_saving_over_a_file_that_is_in_use_does_not_change_what_is_loaded(tmp_path, random_sae):
