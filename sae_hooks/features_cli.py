@@ -102,7 +102,10 @@ def top(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a feature is strongest: its activation, and the token among its neighbours."""
-    found = open_features(folder).top(feature, n, site, context)
+    store = open_features(folder)
+    if feature >= (d_sae := store.d_sae(site)):
+        raise typer.BadParameter(f"there is no feature {feature}; the last is {d_sae - 1}", param_hint="FEATURE")
+    found = store.top(feature, n, site, context)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
     elif found:
@@ -132,6 +135,6 @@ def gathered(texts: Sequence[str]) -> list[Any]:
     for text in texts:
         if Path(text).suffix in (*OPENERS, *TEXT_FILES) and not Path(text).exists():
             raise DataError(f"there is no file {text}")
-        is_file = len(text) < 1024 and Path(text).exists()
+        is_file = os.path.exists(text)  # Path.exists raises where a text is too long to be a name
         found.extend(row for _, row in records(text)) if is_file else found.append(text)
     return found

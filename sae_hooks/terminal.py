@@ -1,8 +1,12 @@
-"""What the command line shows: tables on stdout; progress bars and short warnings on stderr. rich is imported late."""
+"""What the command line shows: tables on stdout; progress bars and short warnings on stderr. rich is imported late.
+
+Texts may come from anybody: what rich or a terminal would take for a command is shown as it is written.
+"""
 
 from __future__ import annotations
 
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +28,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -32,8 +37,14 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for name in head:
         table.add_column(name, overflow="fold", justify="left" if name in TEXT_COLUMNS else "right")
     for row in rows:
-        table.add_row(*("-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(Text(_plain(cell)) for cell in row))
     console.print(table)
+
+
+def _plain(cell: Any) -> str:
+    """A cell as text, control characters written as Python writes them."""
+    text = "-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell)
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c != "\n" else c for c in text)
 
 
 def _bar() -> Progress:

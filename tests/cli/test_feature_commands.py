@@ -59,7 +59,21 @@ def test_top_shows_the_strongest_contexts(run, extract, tmp_path):
     assert f"{best[0].activation:.2f}" in shown.stdout
     found = json.loads(run("top", tmp_path / "features", feature, "-n", 3, "--json").stdout)
     assert [one["row"] for one in found] == [one.row for one in best]
-    assert run("top", tmp_path / "features", 4096).exit_code == 1
+    refused = run("top", tmp_path / "features", 4096)
+    assert refused.exit_code == 2
+    assert "there is no feature 4096" in refused.stderr
+
+
+def test_top_shows_texts_as_they_are_written(run, model, one_sae, tmp_path):
+    """What a table or a terminal would take for a command: markup, names of signs, control characters."""
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "x[i] = a[b] :smile: [/red] \x1b[31m \x85 end"}))
+    assert run("extract", model, one_sae, "--text", tmp_path / "odd.jsonl", "--out", tmp_path / "odd").exit_code == 0
+    store = open_features(tmp_path / "odd")
+    (feature,) = store.rows(len(store) - 1).indices[:1].tolist()
+    shown = run("top", tmp_path / "odd", feature, "-n", 1, "--context", 99)
+    assert shown.exit_code == 0, shown.exception
+    text = "".join(shown.stdout.replace("«", "").replace("»", "").split())
+    assert "x[i]=a[b]:smile:[/red]\\x1b[31m\\x85" in text
 
 
 def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_path):
@@ -72,6 +86,7 @@ def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_
     assert len(found) == 5
     assert str(found[0]["feature"]) in done.stdout
     assert found[0]["auroc"] >= found[-1]["auroc"] >= 0.5
+    assert run(*asked, "--positive", "The weather is fine today. " * 12).exit_code == 0, "longer than a file's name"
 
 
 def test_a_file_that_is_not_there_is_no_text(run, model, one_sae):
