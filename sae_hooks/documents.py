@@ -309,6 +309,8 @@ def _covered(chat: _Chat, offsets: Sequence[tuple[int, int]]) -> Mask:
 
 def _json(value: Any, where: str) -> Any:
     """The value as JSON has it."""
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind == "M":
+        value = value.astype("datetime64[us]")  # finer ones make numbers, not dates
     if isinstance(value, np.generic | np.ndarray | Tensor):
         value = value.tolist()
     if isinstance(value, float | date) and value != value:  # NaN, and pandas' NaT: what data frames have for None

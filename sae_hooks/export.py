@@ -80,6 +80,8 @@ def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any])
 
 def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> None:
     """Make the folder this export's, or find that it is."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; give a new folder")
     there = read_export(folder)
     if there is None:
         present = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -98,8 +100,13 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Beside the features, so that their tokens can be read without the model."""
     scratch = folder / f".{TOKENIZER}"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed here
-    tokenizer.save_pretrained(scratch)
-    os.replace(scratch, folder / TOKENIZER)
+    try:
+        tokenizer.save_pretrained(scratch)
+        os.replace(scratch, folder / TOKENIZER)
+    except Exception as error:  # tokenizers raises nothing narrower where a disk is full
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise DataError(f"the tokenizer could not be written in {folder}: {error}; make room or take another folder, "
+                        "and run it again with resume") from error
 
 
 def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[int, Entry]) -> None:

@@ -1,4 +1,4 @@
-"""Exports the same documents every time it is started: export_worker.py FOLDER [--file-size BYTES]"""
+"""Exports the same documents every time it is started: export_worker.py FOLDER [--file-size BYTES [--also-tokenizer]]"""
 
 import resource
 import signal
@@ -30,6 +30,9 @@ if "--file-size" in sys.argv:
         save(folder)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, none))
 
-    tokenizer.save_pretrained = save_without_limit
+    if "--also-tokenizer" in sys.argv:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, none))
+    else:
+        tokenizer.save_pretrained = save_without_limit
 print("begins", flush=True)
 export_features(model, rows, sys.argv[1], tokenizer=tokenizer, tokens_per_shard=128, window=64)

@@ -146,6 +146,13 @@ def test_a_folder_of_something_else_is_left_alone(export, tmp_path):
     refused(export, tmp_path, "is not empty")
 
 
+def test_a_file_is_no_folder(export, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file is a file"):
+        export(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_that_holds_only_a_tokenizer_of_the_users_is_left_alone(export, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     refused(export, tmp_path, "is not empty")
@@ -227,12 +234,14 @@ def test_two_processes_write_what_one_does(uninterrupted, tmp_path, launcher):
     assert contents(tmp_path / "f") == contents(uninterrupted)
 
 
-def test_a_full_disk_loses_nothing_and_leaves_no_litter(uninterrupted, tmp_path):
-    done = subprocess.run([sys.executable, str(WORKER), str(tmp_path / "f"), "--file-size", "20000"],
+@pytest.mark.parametrize("what", [[], ["--also-tokenizer"]])
+def test_a_full_disk_loses_nothing_and_leaves_no_litter(uninterrupted, tmp_path, what):
+    done = subprocess.run([sys.executable, str(WORKER), str(tmp_path / "f"), "--file-size", "20000", *what],
                           capture_output=True, text=True, timeout=200,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
     assert "DataError" in done.stderr
     assert "could not be written" in done.stderr
     assert not list((tmp_path / "f").rglob("*.tmp"))
+    assert not (tmp_path / "f" / ".tokenizer").exists()
     finished(worker(tmp_path / "f"))
     assert contents(tmp_path / "f") == contents(uninterrupted)
