@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from .attach import attach_saes
 from .check import Report, Row
 from .edits import Edits
-from .errors import EditError, SaeError, SaeNotFoundError
+from .errors import DataError, EditError, SaeError, SaeNotFoundError
 from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
@@ -118,7 +118,7 @@ def check(
 
     Exit code 1 if one does not fit (wrong layer, wrong model, wrong token format).
     """
-    words = TEXT if text is None else text.read_text(encoding="utf-8")
+    words = TEXT if text is None else _text_of(text)
     loaded, tokenizer = load_model(model, dtype, device)
     attach(loaded, source, layer, site, width, l0, revision)
     inputs = _paragraphs(tokenizer, words, tokens).to(loaded.device)
@@ -150,7 +150,7 @@ def generate(
     tokens: Annotated[Literal["all", "prompt", "generated"], typer.Option(help="Which tokens to edit.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
     sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(help="For --sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="For --sample.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Print the unedited text, too.")] = False,
 ) -> None:
@@ -160,6 +160,8 @@ def generate(
     """
     changes = {"clamp": _strengths(clamp), "scale": _strengths(scale), "add": _strengths(add)}
     loaded, tokenizer = load_model(model, dtype, device)
+    if chat and not tokenizer.chat_template:
+        raise typer.BadParameter(f"there is no chat template in {model}", param_hint="--chat")
     attach(loaded, source, layer, site, width, l0, revision)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
     with ExitStack() as stack:
@@ -218,11 +220,19 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=where)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last of a torch without CUDA
         raise SaeNotFoundError(f"cannot load the language model {name!r}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return loaded, tokenizer
+
+
+def _text_of(path: Path) -> str:
+    """What a file holds. Raises DataError if that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _paragraphs(tokenizer: Any, text: str, most: int) -> Any:
@@ -262,7 +272,7 @@ def _open(stack: ExitStack, saes: Any, changes: Mapping[str, Mapping[int, Any]],
     if ablate:
         handles.append(saes.ablate(ablate, tokens=tokens))
     if document:
-        handles.append(saes.apply(document.read_text(encoding="utf-8")))
+        handles.append(saes.apply(_text_of(document)))
     for handle in handles:
         stack.enter_context(handle)
     return Edits(tuple(edit for handle in handles for edit in handle.edits))

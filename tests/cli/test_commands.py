@@ -225,6 +225,32 @@ def test_saved_edits_that_are_none_are_a_problem(run, model, one_sae, tmp_path):
     assert "sae_hooks.edits/1" in done.stderr
 
 
+@pytest.mark.parametrize(("command", "option"), [("check", "--text"), ("generate", "--edits")])
+def test_a_file_that_is_not_utf_8_is_a_problem(run, model, one_sae, tmp_path, command, option):
+    (tmp_path / "latin").write_bytes("café".encode("latin-1"))
+    done = run(command, model, one_sae, option, tmp_path / "latin", *(PROMPT if command == "generate" else ()))
+    assert done.exit_code == 1
+    assert "latin is not UTF-8 text" in done.stderr
+
+
+def test_a_chat_without_a_template_is_bad_usage(run, model, one_sae):
+    done = run("generate", model, one_sae, *PROMPT, "--chat")
+    assert done.exit_code == 2
+    assert "no chat template" in done.stderr
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_is_none_is_bad_usage(run, model, one_sae, seed):
+    assert run("generate", model, one_sae, *PROMPT, "--seed", seed).exit_code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_a_device_that_is_not_there_is_a_problem(run, model, one_sae):
+    done = run("generate", model, one_sae, *PROMPT, "--device", "cuda")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: cannot load the language model")
+
+
 # --- convert --------------------------------------------------------------------------------------
 
 
