@@ -42,7 +42,8 @@ def attach_saes(
 ) -> Model:
     """Hook SAEs into a model and return the same model, with `model.saes`; weights are fetched at first use of a site.
 
-    source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}. A repo that offers
+    source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}, whose site is where
+        an SAE is put, and of a repo, folder or file selects the one that was made for it. A repo that offers
         many gives every layer, in the smallest width, with average L0 nearest 100; layer, site, width and l0 select.
     site: an alias ("resid_post", "mlp_out", "attn_out", "transcoder") or a module path with its side.
     dtype: of the two matrices (thresholds and biases stay float32). name: to tell two SAEs at one site apart.

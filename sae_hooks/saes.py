@@ -104,13 +104,14 @@ class Saes(Mapping[str, SAE]):
 
     layer, site, name: which SAE; needed where several are attached. `site` is a path with its side, or an alias.
     tokens: "all", "prompt" (what `generate` was given), "generated", or a boolean mask (tokens) or (batch, tokens).
-    special_tokens: False leaves alone BOS, EOS and padding (by token id and attention mask) and attention sinks (norm
-        above 10 times the `typical_norm` stored with the SAE). `model.saes.special_ids` holds the ids and may be set.
+    special_tokens: False leaves alone BOS and EOS (by token id; padding, by attention mask, is in any case) and
+        attention sinks (norm above 10 times the `typical_norm` stored with the SAE). `model.saes.special_ids` holds
+        the ids and may be set.
     only_if_active: touch a feature only where it fires.
     scope: "model", seen by every thread, or "context", seen by the code that opened it (ContextVar).
 
-    A strength is a number or a tensor (batch,), one for each row; NaN leaves a row untouched. Its unit is
-    "activation", the feature's own scale, or "max": the largest activation in the statistics kept with the SAE
+    A strength is a number or a tensor (batch,), one for each row; NaN leaves a row untouched. Its unit, for clamp and
+    add, is "activation", the feature's own scale, or "max": the largest activation in the statistics kept with the SAE
     (`SAE.statistics`). It is worked out when the edit is opened: `handle.edits` and its JSON are in activations.
     """
 

@@ -167,7 +167,7 @@ class FeatureStore:
     def column(self, feature: int, site: str | None = None) -> tuple[Array, Array]:
         """All tokens on which a feature fires: rows (n) int64, ascending, and activations (n) float32.
 
-        Reads 2 bytes a non-zero of the store: some 20 ms for a million tokens at an L0 of 60.
+        Reads 2 bytes a non-zero of the store: some 36 ms of CPU time for a million tokens at an L0 of 60.
         """
         name = self._checked(feature, site)
         found = [contexts.column_of(self._folder.shard(number), name, feature)

@@ -1,4 +1,4 @@
-"""Exports the same documents every time it is started: export_worker.py FOLDER [--file-size BYTES [--also-tokenizer]]"""
+"""Exports the same documents every time it is started: export_worker.py FOLDER [--file-size N [--also-tokenizer]]"""
 
 import resource
 import signal
