@@ -5,6 +5,7 @@ Input has mean squared norm 1; what comes out works on raw activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -300,7 +301,7 @@ class Learner:
         return found
 
     def _check_finite(self) -> None:
-        bad = [name for name, t in self.trained.items() if self.parallel.any(not bool(t.isfinite().all()))]
+        bad = [name for name, t in self.trained.items() if self.parallel.any(not has_finite_sum(t))]
         if bad:
             raise TrainingError(f"{self.trainee.name}: {', '.join(bad)} became infinite or not a number; lower the "
                                 f"learning rate ({self.trainee.learning_rate:g})")
@@ -326,6 +327,11 @@ class Learner:
         if self.rows and "adam.W_enc.step" in state:
             moments = {name: feature_first(name, state[f"adam.{name}.exp_avg_sq"]) for name in self.rows.weights}
             self.rows.load(moments, int(state["adam.W_enc.step"]))
+
+
+def has_finite_sum(t: Tensor) -> bool:
+    """Whether all of t is finite, asked without a copy of it, for which the largest SAEs leave no room."""
+    return math.isfinite(float(t.detach().sum(dtype=torch.float64)))
 
 
 def tensors(sae: SAE) -> dict[str, Tensor]:

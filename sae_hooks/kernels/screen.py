@@ -29,14 +29,15 @@ def screened(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> tuple[
     """(tokens, features, values) of x @ rows.T + bias > threshold, by token, then by feature: x (tokens, d), bias and
     threshold (features) float32, rows (features, d) of any dtype."""
     low_x, low_rows = x.bfloat16(), cast(rows, torch.bfloat16)
-    coarse = half_product(low_x, low_rows) + bias
+    coarse = half_product(low_x, low_rows)
+    lowest = threshold - bias - 2 * SUMMING * (threshold.abs() + bias.abs())  # to add bias were a pass over coarse
     rounding = 0.0 if rows.dtype == torch.bfloat16 else ROUNDING
     error = (x - low_x).norm(dim=1) + (rounding + SUMMING * x.shape[1]) * low_x.norm(dim=1, dtype=torch.float32)
     slack = error * (1 + rounding), rows.norm(dim=1, dtype=torch.float32)
     if (triton := triton_for(coarse)) is not None:
-        tokens, features, _ = triton.above(coarse, threshold, slack)
+        tokens, features, _ = triton.above(coarse, lowest, slack)
     else:
-        tokens, features = (coarse > threshold - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
+        tokens, features = (coarse > lowest - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
     values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, rows) + bias[features]
     kept = values > threshold[features]
     return tokens[kept], features[kept], values[kept]

@@ -98,8 +98,8 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
     if by_id.dtype != dtype:
         used, ids = torch.unique(ids, return_inverse=True)
         by_id, ids = by_id[used], ids.to(starts.dtype)
-    with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, once a process
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+    with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, and unchecked, each once a process
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
         zeros = torch.zeros(len(ids), dtype=dtype, device=ids.device)
         pattern = torch.sparse_csr_tensor(starts, ids, zeros, size=(len(by_row), len(by_id)), check_invariants=False)
     left, right = cast(by_row, dtype).contiguous(), cast(by_id, dtype)

@@ -14,7 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
-GPU_TOKENS, GPU_SIZE = 2048, 2**25  # a tile costs a few launches and a wait
+GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, and float32 weights a rounded copy
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**17  # pre-activations so few that to look for the best way is not worth it
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
@@ -110,6 +110,8 @@ def affine(
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply)) + bias
     if rows.dtype != x.dtype:
+        if rows.dtype == torch.bfloat16 and x.dtype == torch.float32 and multiplies_halves(x, rows):
+            return product_of_parts(x, rows.T) + bias
         if len(rows) > widened_at_once(x) and is_untraced(x, rows, bias):
             return affine_widened(x, rows, bias, room)
         rows = rows.to(x.dtype)
@@ -178,7 +180,7 @@ def product_of_parts(x: Tensor, W: Tensor) -> Tensor:
     for _ in range(3):
         parts.append(rest.bfloat16())
         rest = rest - parts[-1]
-    return half_product(torch.cat(parts), W.T).view(3, len(x), -1).sum(0)
+    return half_product(torch.cat(parts), W.T).view(3, len(x), W.shape[1]).sum(0)
 
 
 def ready(x: Tensor, W_rows: Tensor) -> Tensor:

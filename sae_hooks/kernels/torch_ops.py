@@ -26,7 +26,7 @@ from .tiles import (
 )
 
 Csr = tuple[Tensor, Tensor, Tensor]
-TOPK_SIZE = 2**22  # pre-activations of the tokens that TopK takes together: 16 MB in float32
+TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
 SMALL, GPU_SMALL = 2**23, 2**30  # products of one decoding up to which the dense one is, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
@@ -86,7 +86,7 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     """CSR of the k largest positive pre-activations of each row, indices ascending; holds TOPK_SIZE pre-activations, or
     those of one token."""
     found = []
-    for t in _held(len(x), len(W_rows)):
+    for t in _held(x, len(W_rows)):
         found.append(_moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
     return compressed(_joined(found, x.to(wide(x, W_rows))), len(x))
 
@@ -135,7 +135,7 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     if is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
-    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in _held(len(x), len(W_rows))]
+    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in _held(x, len(W_rows))]
     dtype = wide(x, W_rows)
     sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
     return sums.add_(b_dec).add_(_nothing(x, dtype))
@@ -149,7 +149,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     if is_little(acts, W_dec):
         return _dense(cast(b_dec, dtype), cast(acts, dtype), W_dec)
     out = cast(b_dec, dtype).repeat(len(acts), 1)
-    for t in _held(len(acts), len(W_dec)):
+    for t in _held(acts, len(W_dec)):
         part = cast(acts[t], dtype)
         active = part != 0
         if _is_much(count(active), part, part.numel()):
@@ -209,9 +209,9 @@ def _sparse_or_dense(
     return gated(pre, marks, pre) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
 
 
-def _held(n: int, d_sae: int) -> Iterator[slice]:
-    """The tokens, of n, of which all d_sae features are held together."""
-    return slices(n, max(TOPK_SIZE // d_sae, 1))
+def _held(x: Tensor, d_sae: int) -> Iterator[slice]:
+    """The tokens of x (n, ...) of which all d_sae features are held together."""
+    return slices(len(x), max((TOPK_SIZE if x.is_cpu else GPU_TOPK_SIZE) // d_sae, 1))
 
 
 def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:

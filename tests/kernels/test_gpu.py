@@ -41,7 +41,8 @@ def test_encoding_and_reconstructing(dtype, x_dtype, n):
     torch.testing.assert_close(values.double(), pre[rows, indices], rtol=1e-4, atol=1e-4)
     acts = torch.zeros_like(pre).index_put((rows, indices), values.double())
     for decoded in (sae(x.float().cuda()), sae.decode(acts.float().cuda())):
-        torch.testing.assert_close(decoded.cpu().double(), wide.decode(acts), rtol=1e-3, atol=1e-3)
+        sure = ~near.any(1)  # two ways of summing may lie on two sides of a threshold
+        torch.testing.assert_close(decoded.cpu().double()[sure], wide.decode(acts)[sure], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])
@@ -58,6 +59,7 @@ def test_the_kernels_are_tritons_where_it_is_there():
     assert kernels.segments.triton_for(torch.zeros(1, device="cuda")) is not None
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor's own import
 @torch.no_grad()
 def test_a_compiled_sae():
     sae, x = sae_of(torch.bfloat16)[0], x_of(40, torch.float32).cuda()

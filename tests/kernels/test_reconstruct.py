@@ -151,8 +151,8 @@ def test_only_crowded_tiles_are_decoded_by_a_dense_product(monkeypatch):
     assert all((acts != 0).double().mean() > 0.3 for acts in products)
 
 
-def test_a_bfloat16_decoder_is_read_as_it_is_on_gpus(monkeypatch):
-    """A dense product with it takes activations in three parts, and loses none of their bits."""
+def test_bfloat16_weights_are_read_as_they_are_on_gpus(monkeypatch):
+    """Dense products with them take activations in three parts, and lose none of their bits."""
     products = []
 
     def spied(x, rows, product=tiles.half_product):
@@ -166,6 +166,10 @@ def test_a_bfloat16_decoder_is_read_as_it_is_on_gpus(monkeypatch):
     eye, nothing = torch.eye(24).bfloat16(), torch.zeros(24)
     assert torch.equal(kernels.decode(acts, eye, nothing), acts)
     assert products == [(torch.bfloat16, torch.bfloat16)]
+    assert kernels.decode(acts[:0], eye, nothing).shape == (0, 24)
+    assert torch.equal(kernels.linear(acts, eye, nothing), acts), "nor does an encoder's product"
+    assert products == products[:1] * 3
+    del products[1:]
     acts, W_dec, b_dec = (torch.randn(shape, generator=random) for shape in ((5, 24), (24, 7), (7,)))
     low = W_dec.bfloat16()
     torch.testing.assert_close(kernels.decode(acts, low, b_dec).double(), acts.double() @ low.double() + b_dec.double(),

@@ -150,3 +150,10 @@ def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch)
     assert torch.equal(indptr, expected[0])
     assert torch.equal(indices, expected[1])
     torch.testing.assert_close(values, expected[2])
+
+
+def test_a_gpu_takes_many_tokens_of_a_topk_sae_together():
+    """It reads all of W_enc for each such slice."""
+    tokens = torch.empty(4096, 1, device="meta")
+    assert len(list(torch_ops._held(tokens, 2**17))) == 2
+    assert len(list(torch_ops._held(torch.empty(4096, 1), 2**17))) == 128

@@ -55,7 +55,8 @@ def trained(shards: Path, folder: Path | None, device: str, crash: int = 0, **ch
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(x.double().cpu().flatten(), y.double().cpu().flatten(), dim=0))
+    x, y = (t.detach().double().cpu().flatten() for t in (x, y))
+    return float(torch.nn.functional.cosine_similarity(x, y, dim=0))
 
 
 def on_device(t: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Training on the Triton kernels: every objective's gradients to 1e-10, as on PyTorch's operations; whole trainings.
 
-On a GPU, or where there is none in the interpreter.
+In the interpreter. Where there is a GPU, test_gpu.py trains on the kernels themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("compiled kernels take no tensors of a CPU", allow_module_level=True)
 
 from sae_hooks.kernels import segments, triton_ops
 from sae_hooks.training import learner as learning
