@@ -94,6 +94,10 @@ class SiteHook:
         return [r for r in self.runtime.requests() if r.slot in self.slots]
 
     def _apply(self, x: Tensor, requests: list[Request]) -> Tensor:
+        """x (..., d) with what is asked for done, in float32 also under torch.autocast, or x itself."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._apply(x, requests)
         here, local = self.site.key, self.runtime.local
         for request in requests:
             slot = request.slot

@@ -172,15 +172,14 @@ class SAE(nn.Module):
             return _shaped(x_hat, acts)
         if self._needs_plain(acts):
             dtype = kernels.wide(acts, self.W_dec)
-            return _shaped(rows.to(dtype) @ self.W_dec.to(dtype) + self.b_dec.to(dtype), acts)
+            return _shaped(_product(rows, self.W_dec, dtype) + self.b_dec.to(dtype), acts)
         return _shaped(kernels.decode(rows, self.W_dec, self.b_dec), acts)
 
     def skip(self, x: Tensor) -> Tensor | float:
         """What an affine skip adds to the reconstruction of x (..., d_in): (..., d_out), or 0.0 without one."""
         if self.W_skip is None:
             return 0.0
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.to(dtype) @ self.W_skip.to(dtype)
+        return _product(x, self.W_skip, torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
@@ -253,6 +252,14 @@ class SAE(nn.Module):
             what = "features" if width == self.d_sae else "activations"
             raise SaeMismatchError(f"the SAE at {self.site!r} takes {what} of width {width}, got {tuple(x.shape)}")
         return x if x.ndim == 2 else x.reshape(-1, width)
+
+
+def _product(x: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weights in a dtype, whatever torch.autocast says."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _product(x, weights, dtype)
+    return x.to(dtype) @ weights.to(dtype)
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:

@@ -106,6 +106,16 @@ def test_forward_with_gradients_is_forward_without(sae, x):
     assert all(not p.requires_grad for p in sae.parameters())
 
 
+def test_autocast_changes_nothing_with_gradients_or_without(sae, x):
+    for gradients in (False, True):
+        x.requires_grad_(gradients)
+        plain = sae(x), sae.encode(x), sae.decode(sae.encode(x)), sae.skip(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = sae(x), sae.encode(x), sae.decode(sae.encode(x)), sae.skip(x)
+        for got, want in zip(under, plain, strict=True):
+            close(torch.as_tensor(got), reference.array(torch.as_tensor(want)))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("move", ["to", "half"])
 def test_biases_and_thresholds_keep_every_bit_when_the_sae_goes_to_half(sae, dtype, move):

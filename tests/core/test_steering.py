@@ -124,6 +124,28 @@ def test_saes_in_half_precision_edit_as_their_rounded_weights_say(model, sae, fi
     assert relative(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"k": 6}, {"skip": True}])
+def test_under_autocast_edits_and_splices_are_computed_in_float32(model, random_sae, settings, gradients):
+    sae = random_sae(32, 64, SITE, like=sample(model, SITE, IDS), **settings)
+    features = firing(sae, sample(model, SITE, IDS))
+    attach_saes(model, sae)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        for op in STRENGTHS:
+            values = strengths(op, features)
+            with FullEdit(model, sae, lambda acts, op=op, v=values: edited(acts, op, v)):
+                (want,), _ = outcome(model, SITE)
+            with getattr(model.saes, op)(values):
+                (got,), _ = outcome(model, SITE)
+            assert want.dtype == torch.float32
+            assert relative(got, want) < 1e-5, op
+        with FullEdit(model, sae, lambda acts: acts, keep_error=False):
+            (want,), _ = outcome(model, SITE)
+        with model.saes.splice():
+            (got,), _ = outcome(model, SITE)
+        assert relative(got, want) < 1e-5
+
+
 @pytest.mark.parametrize("op", STRENGTHS)
 def test_only_if_active_touches_a_feature_only_where_it_fires(attached, sae, op):
     (clean,), _ = outcome(attached, SITE)

@@ -124,7 +124,7 @@ def reconstruct(sae: SAE, code: Code, acts: Tensor, batch: Batch, *, frozen: boo
     """
     x_hat = code.decode(acts, sae.W_dec.detach() if frozen else sae.W_dec)
     if batch.first_feature == 0:
-        offset = sae.b_dec + sae.skip(batch.x)
+        offset = sae.b_dec if sae.W_skip is None else sae.b_dec + batch.x @ sae.W_skip  # in bfloat16 where others are
         x_hat = x_hat + (offset.detach() if frozen else offset)
     return batch.over_shards(x_hat)
 
