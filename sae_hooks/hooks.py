@@ -113,7 +113,11 @@ class SiteHook:
             elif slot.crosses:
                 local.__dict__.setdefault("stash", {})[slot] = x
         writing = [r for r in requests if not isinstance(r, WatchRequest) and r.slot.write.key == here]
-        return self._rewrite(x, writing) if writing else x
+        if not writing:
+            return x
+        new = self._rewrite(x, writing)
+        self.runtime.forget(writing)
+        return new
 
     def _rewrite(self, x: Tensor, requests: list[Request]) -> Tensor:
         """x (..., d_out) with splices and edits applied at the chosen positions; all read the same activations.

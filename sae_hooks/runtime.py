@@ -181,6 +181,14 @@ class Runtime:
             self.everywhere = tuple(r for r in self.everywhere if r.open)
             self.in_context.set(tuple(r for r in self.in_context.get() if r.open))
             self._refresh()
+            still = {r.slot for r in (*self.everywhere, *self._contexts)}
+            self.forget([r for r in closing if r.slot not in still])
+
+    def forget(self, requests: Sequence[Request]) -> None:
+        """Drop what the requests' transcoders have read in this thread's pass: its whole autograd graph hangs on it."""
+        stash: dict[Slot, Tensor] = self.local.__dict__.get("stash", {})
+        for request in requests if stash else ():
+            stash.pop(request.slot, None)
 
     def _refresh(self) -> None:
         requests = (*self.everywhere, *self._contexts)

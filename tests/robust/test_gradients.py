@@ -1,5 +1,9 @@
 """Backward through edits: equal to autograd through the written-out formulas."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -131,6 +135,27 @@ def test_capture_leaves_gradients_as_they_are_and_holds_no_graph(model, ids, sae
     with model.saes.capture() as captured:
         hold_close(gradients(model, ids), plain)
     assert not captured[SITE].values.requires_grad
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["a whole pass", "a pass that fails"])
+@pytest.mark.parametrize("opening", ["clamp", "splice"])
+def test_a_transcoder_keeps_no_graph_once_its_block_or_its_part_of_the_pass_has_ended(model, ids, random_sae, opening,
+                                                                                      fails):
+    sae = random_sae(32, 64, "model.layers.1.pre_feedforward_layernorm.output",
+                     site_out="model.layers.1.post_feedforward_layernorm.output")
+    attach_saes(model, sae)
+    below, alive = [], []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: below.append(weakref.ref(output)))
+    if fails:
+        model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 1 / 0)
+    handle = model.saes.splice() if opening == "splice" else model.saes.clamp({3: 9.0})
+    with contextlib.suppress(ZeroDivisionError), handle:
+        model(ids)
+        gc.collect()
+        alive += [ref() is not None for ref in below]
+    gc.collect()
+    assert alive == ([] if fails else [False])
+    assert [ref() for ref in below] == [None]
 
 
 def test_an_sae_that_is_being_trained_gets_its_own_gradients_through_a_splice(model, ids, sae):
