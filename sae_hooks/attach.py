@@ -16,6 +16,7 @@ from torch import nn
 
 from . import hub, sites
 from .errors import SaeAttachError, SaeMismatchError, SaeWarning, SiteError
+from .formats.hook_names import kind_of, layer_of
 from .hooks import GenerateHook, PackedHook, PassHook, SiteHook
 from .runtime import Runtime, Slot
 from .sae import SAE
@@ -45,7 +46,8 @@ def attach_saes(
     source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}, whose site is where
         an SAE is put, and of a repo, folder or file selects the one that was made for it. A repo that offers
         many gives every layer, in the smallest width, with average L0 nearest 100; layer, site, width and l0 select.
-    site: an alias ("resid_post", "mlp_out", "attn_out", "transcoder") or a module path with its side.
+    site: an alias ("resid_post", "mlp_out", "attn_out", "transcoder") or a module path with its side. An alias given
+        with an SAE, but without layer=, is of the layer that the SAE names.
     dtype: of the two matrices (thresholds and biases stay float32). name: to tell two SAEs at one site apart.
     preload: fetch all weights now. revision, token, cache_dir: as in huggingface_hub.
 
@@ -132,8 +134,8 @@ def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dty
     read, write = sae.site, sae.site_out
     if site is not None and site not in sites.KINDS:
         read, write = site, site if write in (None, sae.site) else write
-    elif layer is not None:
-        read, write = sites.alias(model, layer, site or "resid_post")
+    elif layer is not None or site not in (None, kind_of(read or "", write)):
+        read, write = sites.alias(model, _own_layer(sae, site) if layer is None else layer, site or "resid_post")
     if read is None:
         raise SiteError("the SAE does not say where it belongs; give layer= (and site=), or site= as a module path")
     own = sae if dtype in (None, sae.dtype) else None
@@ -147,6 +149,15 @@ def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dty
                    statistics=sae.statistics)
 
     return Offer(read, write, None, None, sae.d_in, sae.d_out, repr(sae), load, owned=own is None)
+
+
+def _own_layer(sae: SAE, site: str | None) -> int:
+    """The decoder layer that an SAE names itself. Raises SiteError where it names none, or one of another tower."""
+    own = sae.site or ""
+    layer = None if sites.OTHER_TOWERS.search(own) else layer_of(own)
+    if layer is None:
+        raise SiteError(f"{site!r} of which layer? The SAE names {sae.site or 'no place'}; give layer=, too")
+    return layer
 
 
 def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[Slot]:

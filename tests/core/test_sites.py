@@ -6,7 +6,7 @@ from core import reference
 from tiny_models import ARCHITECTURES, MULTIMODAL
 from torch import nn
 
-from sae_hooks import SiteError, sites
+from sae_hooks import SiteError, attach_saes, sites
 
 EVERY = [*ARCHITECTURES, MULTIMODAL]
 LAYERS = {"GPT2": "transformer.h", "GPTNeoX": "gpt_neox.layers", "OPT": "model.decoder.layers",
@@ -173,6 +173,22 @@ def test_the_text_model_is_meant_where_a_vision_tower_has_layers_too(random_mode
 def test_a_place_that_the_model_has_not_is_told_with_the_nearest(random_model, asked, message):
     with pytest.raises(SiteError, match=message):
         sites.resolve(random_model("Llama"), asked)
+
+
+@pytest.mark.parametrize("kind", sites.KINDS)
+def test_an_alias_without_a_layer_is_of_the_layer_that_the_sae_names(random_model, random_sae, kind):
+    for of_model in (False, True):
+        model, sae = random_model("Gemma2"), random_sae(32, 64, "model.layers.1.output")
+        model = attach_saes(model, {kind: sae} if of_model else sae, **({} if of_model else {"site": kind}))
+        slot, = model.saes._slots.values()
+        assert (slot.read.key, slot.write.key) == sites.alias(model, 1, kind)
+
+
+def test_an_sae_that_is_of_the_kind_asked_for_stays_at_the_place_it_names(random_model, random_sae):
+    norms = "model.layers.1.pre_feedforward_layernorm.normalized", "model.layers.1.post_feedforward_layernorm.output"
+    model = attach_saes(random_model("Gemma2"), random_sae(32, 64, norms[0], site_out=norms[1]), site="transcoder")
+    slot, = model.saes._slots.values()
+    assert (slot.read.key, slot.write.key) == norms
 
 
 def test_an_alias_that_is_not_known_or_a_layer_too_deep_is_refused(random_model):

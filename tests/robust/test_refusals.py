@@ -38,6 +38,10 @@ def failing_attaches(random_sae):
         "site": (SiteError, {"model.layers.1.mpl.output": good}, {}, ["nearest", "model.layers.1.mlp"]),
         "side": (SiteError, {"model.layers.1": good}, {}, [".output"]),
         "alias": (SiteError, good, {"layer": 1, "site": "resid_pre"}, ["resid_post"]),
+        "alias in no layer": (SiteError, random_sae(32, 64, "lm_head.input"), {"site": "mlp_out"},
+                              ["mlp_out", "which layer", "lm_head.input", "layer="]),
+        "alias in another tower's layer": (SiteError, random_sae(32, 64, "vision_tower.layers.1.output"),
+                                           {"site": "mlp_out"}, ["which layer", "vision_tower"]),
         "writes what can only be read": (SaeMismatchError, {gain_free: good}, {}, ["normalized", "not written"]),
         "two at one site": (SaeAttachError, {SITE: good, "layers.1.output": good}, {"name": None}, ["name="]),
         "not told where": (SiteError, random_sae(32, 64, None), {}, ["layer="]),
@@ -46,6 +50,7 @@ def failing_attaches(random_sae):
 
 
 FAILING_ATTACHES = ("width", "width, the third of five", "layer", "layer by number", "site", "side", "alias",
+                    "alias in no layer", "alias in another tower's layer",
                     "writes what can only be read", "two at one site", "not told where", "no such folder")
 
 
