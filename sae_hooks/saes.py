@@ -308,12 +308,8 @@ class Saes(Mapping[str, SAE]):
         """The slot with its weights loaded, after making sure that its hooks still stand in the model's way."""
         for place in (slot.read, slot.write):
             _check_in_place(self._model, place)
-            inside = place.side != "output" or not re.search(r"\.\d+$", place.path)
-            if inside and self._model.training and _checkpoints(self._model):
-                raise SaeAttachError(
-                    f"{place} lies inside a layer that gradient checkpointing computes twice, the second time "
-                    "perhaps after the edit has ended; turn checkpointing off, or edit a layer's output"
-                )
+            if self._model.training and _checkpoints(self._model):
+                _check_computed_once(place)
         slot.sae  # noqa: B018  (loads)
         return slot
 
@@ -367,6 +363,22 @@ def _check_in_place(model: nn.Module, place: sites.Site) -> None:
 def _checkpoints(model: nn.Module) -> bool:
     """Whether gradient (activation) checkpointing is on, in transformers' models of any version."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _check_computed_once(place: sites.Site) -> None:
+    """Raise SaeAttachError if gradient checkpointing runs the hooks at a place twice."""
+    layer = place.side == "output" and re.search(r"\.\d+$", place.path)
+    kind = type(place.module)
+    if not layer:
+        where, way_out = "lies inside a layer that", "edit a layer's output"
+    elif hasattr(kind, "gradient_checkpointing") and kind.__call__ is not nn.Module.__call__:
+        where, way_out = "is of a layer that, with its hooks,", "take transformers 5.23, where hooks run once"
+    else:
+        return
+    raise SaeAttachError(
+        f"{place} {where} gradient checkpointing computes twice, the second time perhaps after the edit has ended; "
+        f"turn checkpointing off, or {way_out}"
+    )
 
 
 def _named(slot: Slot, name: str) -> bool:

@@ -1,11 +1,13 @@
 """Backward through edits: equal to autograd through the written-out formulas."""
 
 import contextlib
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sae_hooks import SaeAttachError, attach_saes
 from sae_hooks.sae import SAE
@@ -206,6 +208,28 @@ def test_inside_a_layer_that_is_computed_twice_edits_are_refused(model, ids, ran
     model.eval()  # nothing is computed twice here
     with openings[opening](), torch.no_grad():
         model(ids)
+
+
+@pytest.mark.parametrize("opening", ["clamp", "splice", "capture"])
+def test_a_layer_that_is_computed_twice_with_its_hooks_is_refused_too(model, ids, sae, opening):
+    layer = model.model.layers[1]
+
+    class HooksTwice(type(layer)):
+        """As transformers before 5.23 had it: what is checkpointed is the call, not forward."""
+
+        def __call__(self, *args, **kwargs):
+            call = functools.partial(super().__call__, **kwargs)
+            return checkpoint(call, *args, use_reentrant=False) if self.training else call(*args)
+
+    layer.__class__ = HooksTwice
+    attach_saes(model, sae)
+    openings = {"clamp": lambda: model.saes.clamp({3: 9.0}), "splice": model.saes.splice, "capture": model.saes.capture}
+    with openings[opening](), torch.no_grad():
+        model(ids)
+    checkpointed(model)
+    with pytest.raises(SaeAttachError, match=rf"{SITE} is of a layer .* checkpointing.*transformers 5\.23"):
+        openings[opening]()
+    gradients(model, ids)
 
 
 def test_an_sae_in_float64_edits_a_float64_model_in_float64(random_model, ids, sae):
