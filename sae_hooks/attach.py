@@ -211,10 +211,19 @@ def _check_fit(model: nn.Module, offer: Offer, read: sites.Site, write: sites.Si
             wrong.append(f"it {verb} {d} values, {place} of {type(model).__name__} has {have}")
     if write.side == "normalized":
         wrong.append(f"{write} can be read, but not written")
-    if read.side == "input" and any(type(p).__name__ == "DTensor" for p in read.module.parameters(recurse=False)):
+    if read.side == "input" and _is_split(model, read):
         wrong.append(f"{read} is split over processes by tensor parallelism, so features cannot be computed there")
     if wrong:
         raise SaeMismatchError("; ".join(wrong) + ": made for another model?")
+
+
+def _is_split(model: nn.Module, place: sites.Site) -> bool:
+    """Whether tensor parallelism splits a module's parameters over processes, and so its input. FSDP2 alone, which
+    splits each once, does not: they are whole while the module runs."""
+    kinds = [kind for module in (*_ancestors(model, place.path), place.module) for kind in type(module).__mro__]
+    by_fsdp = any(kind.__name__ == "FSDPModule" for kind in kinds)
+    parameters: list[Any] = [p for p in place.module.parameters(recurse=False) if type(p).__name__ == "DTensor"]
+    return any(sum(not part.is_replicate() for part in p.placements) > by_fsdp for p in parameters)
 
 
 def _check_free(slots: Sequence[Slot], present: Saes | None, named: bool) -> None:
