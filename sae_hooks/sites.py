@@ -132,8 +132,8 @@ def width(model: nn.Module, site: Site) -> int | None:
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's transposed linear layer
         return weight.shape[0 if site.side == "input" else 1]
     in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp)?$", site.path)
-    hidden = getattr(text_config(model), "hidden_size", None)
-    return hidden if in_layer and isinstance(hidden, int) else None
+    hidden = getattr(text_config(model), "hidden_size", None)  # of the text model, not of a tower beside it
+    return hidden if in_layer and not OTHER_TOWERS.search(site.path) and isinstance(hidden, int) else None
 
 
 def read(value: Any, where: str) -> Tensor:

@@ -191,6 +191,17 @@ def test_an_sae_that_is_of_the_kind_asked_for_stays_at_the_place_it_names(random
     assert (slot.read.key, slot.write.key) == norms
 
 
+def test_an_sae_as_wide_as_a_vision_tower_is_attached_there(random_model, random_sae):
+    model = random_model(MULTIMODAL)
+    site = "model.vision_tower.encoder.layers.0.output"
+    assert sites.width(model, sites.resolve(model, site)) is None
+    attach_saes(model, random_sae(16, 64, site))
+    assert list(model.saes) == [site]
+    with torch.no_grad(), model.saes.add({3: 1.0}, special_tokens=True) as edit:
+        model.model.vision_tower(torch.zeros(1, 3, 8, 8))
+    assert edit.positions_edited == 4
+
+
 def test_an_alias_that_is_not_known_or_a_layer_too_deep_is_refused(random_model):
     model = random_model("Llama")
     with pytest.raises(SiteError, match="one of resid_post, mlp_out, attn_out, transcoder; got 'resid_mid'"):
