@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from .errors import SaeMismatchError
+from .errors import SaeAttachError, SaeMismatchError
 from .sae import SAE
 from .sparse import SparseFeatures, concatenate
 from .tokens import Generation, Pass
@@ -22,7 +23,8 @@ class Captured(Mapping[str, SparseFeatures]):
     never made it into the text, and the last token generated, which no pass has read, have no row. Padding has none
     either; special tokens and attention sinks have an empty one, unless `special_tokens=True`. `passes(name)` gives
     each pass as it came. In a beam search a document is a place in the beam: its generated rows are what was computed
-    there step by step, not the text of one hypothesis.
+    there step by step, not the text of one hypothesis. Of activations (batch, height, width, d), as models of images
+    have them, position counts the places of a row of the batch.
     """
 
     def __init__(self, saes: Mapping[str, Callable[[torch.device], SAE]]) -> None:
@@ -56,6 +58,10 @@ class Captured(Mapping[str, SparseFeatures]):
         """What the hook calls with (x, chosen, pass)."""
 
         def take(x: Tensor, chosen: Tensor, now: Pass) -> None:
+            if now.shape is not None and chosen.numel() != math.prod(now.shape):
+                raise SaeAttachError(
+                    f"{name} gives activations {tuple(x.shape)} for tokens {now.shape}; capture needs one a token"
+                )
             first = self._documents[name].first(now, x)
             features, column = _features(self._saes[name](x.device), x.detach(), chosen, now, first)
             self._parts[name].append((features, first, column, now.generation))
@@ -100,7 +106,8 @@ def _features(sae: SAE, x: Tensor, chosen: Tensor, now: Pass, first: int) -> tup
 
 def _provenance(now: Pass, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row of the batch, position, token id and column of each token of x (..., d), flattened."""
-    batch, length = now.shape or (x.shape[0] if x.ndim > 2 else 1, x.shape[-2])
+    batch = x.shape[0] if x.ndim > 2 else 1
+    batch, length = now.shape or (batch, math.prod(x.shape[:-1]) // max(batch, 1))
     rows = torch.arange(batch, device=x.device).repeat_interleave(length)
     if now.shape is None:
         places = torch.arange(length, device=x.device).repeat(batch)

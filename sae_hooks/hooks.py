@@ -6,6 +6,7 @@ something is open the work runs outside the compiled graph, so what was compiled
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import edits, kernels, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, reconstruct
-from .tokens import GUIDED, PACKED, Generation
+from .tokens import GUIDED, PACKED, Generation, Pass
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -142,14 +143,15 @@ class SiteHook:
     def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
         """What an edit adds to x (..., d_out), before positions are chosen."""
         rows, now = _rows(request, x), self.runtime.current()
-        batch = now.shape[0] if now.shape else x.shape[0]
+        batch = 1 if len(rows.gain) == 1 else _batch(x, now, self.site.key)
+        as_is = x.ndim == source.ndim == 3
         acts = None
         if rows.reads:
             wide = source.to(rows.W_enc.dtype)
-            wide = wide if wide.ndim == 3 else wide.reshape(batch, -1, source.shape[-1])
+            wide = wide if as_is else wide.reshape(batch, -1, source.shape[-1])
             acts = rows.acts(wide) if rows.threshold is not None else _topk_acts(request, wide)
         change = rows.change(acts, now.group, batch) @ rows.W_dec
-        return change if x.ndim == 3 else change.expand(batch, len(x) // batch, -1).reshape(x.shape)
+        return change if as_is else change.expand(batch, x[..., 0].numel() // batch, -1).reshape(x.shape)
 
     def _source(self, slot: Slot, x: Tensor) -> Tensor:
         """What the slot's SAE reads: x itself, or what its other hook saw earlier in this pass."""
@@ -248,6 +250,19 @@ def _inert_pass() -> PassHook:
 def everything(x: Tensor) -> Tensor:
     """The selection of every position of x (..., d)."""
     return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _batch(x: Tensor, now: Pass, where: str) -> int:
+    """How many rows of the batch x (batch, ..., d) or (batch * tokens, d) holds, one after the other."""
+    if now.shape is None:
+        return x.shape[0]
+    rows_first = x.shape[:2] == now.shape if x.ndim > 3 else x.shape[0] == now.shape[0]
+    if not rows_first and (x.ndim > 2 or x.shape[0] != math.prod(now.shape)):
+        raise SaeAttachError(
+            f"{where} gives activations {tuple(x.shape)} for tokens {now.shape}; the rows of the batch cannot be told "
+            "there, so one strength for each cannot be given. Give one number for all rows"
+        )
+    return now.shape[0]
 
 
 def _reconstructions_first(request: Request) -> bool:
