@@ -224,7 +224,8 @@ def _table(op: str, values: Mapping[int, Strength]) -> Tensor:
 def _column(op: str, feature: int, value: Strength) -> Tensor:
     per_row = isinstance(value, Tensor) and value.ndim > 0
     try:
-        column = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        wide = torch.as_tensor(value, dtype=torch.float32)  # a number would be rounded to torch's default dtype
+        column = wide.detach().to("cpu", copy=True).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EditError(f"{op} of feature {feature}: expected a number or a tensor (batch,), got {value!r}") from error
     if per_row and value.ndim != 1:  # type: ignore[union-attr]
@@ -255,7 +256,7 @@ def _from_dict(item: Mapping[str, Any]) -> Edit:
     features = [_feature(f) for f in item["features"]]
     if len(set(features)) != len(features) or {len(row) for row in rows} != {len(features)}:
         raise EditError("an edit needs distinct features and, in each row of values, one value a feature")
-    table = torch.tensor(rows)
+    table = torch.tensor(rows, dtype=torch.float32)
     values: dict[int, Strength] = {
         f: (table[:, i] if len(rows) > 1 or bool(table.isnan().any()) else rows[0][i]) for i, f in enumerate(features)
     }

@@ -93,6 +93,23 @@ def test_an_edit_is_frozen():
         edit("clamp", SITE, {0: 1.0}).op = "add"
 
 
+@pytest.fixture
+def rounding_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("rounding_default")
+@pytest.mark.parametrize("rows", [[80.3], [80.3, NAN]])
+def test_a_strength_is_float32_whatever_torchs_default_is(rows):
+    made = edit("clamp", SITE, {3: 80.3, 4: torch.tensor(rows, dtype=torch.float64)})
+    again, = Edits.from_json(Edits((made,)).to_json())
+    for one in (made, again):
+        assert one.values.dtype == torch.float32
+        assert one.values[0].tolist() == [np.float32(80.3)] * 2
+
+
 @pytest.mark.parametrize(("op", "values", "settings", "message"), [
     ("steer", {0: 1.0}, {}, "one of clamp, scale, add; got 'steer'"),
     ("clamp", {}, {}, "names no feature"),
