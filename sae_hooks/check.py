@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import sites
 from .errors import EditError, SiteError
+from .forward import eval_mode
 from .measure import Measurement, Statistics, Trial, grouped, measure, ratio
 from .runtime import SINK_MULTIPLE, Runtime, Slot
 
@@ -59,14 +60,15 @@ class Report(tuple[Row, ...]):
 
 @torch.no_grad()
 def check(model: nn.Module, runtime: Runtime, slots: Sequence[Slot], inputs: Any) -> Report:
-    """Measure each slot alone on `inputs` (see `Saes.check`). Raises EditError while anything else is open on the
-    model."""
+    """Measure each slot alone on `inputs` in eval mode (see `Saes.check`). Raises EditError while anything else is open
+    on the model."""
     if runtime.requests():
         raise EditError("close the open edits, splices and captures first: check measures the model as it is")
     trial = Trial(model, runtime, *_inputs(inputs))
     measurements = [Measurement(slot) for slot in slots]
-    measure(trial, grouped(measurements))
-    return Report(_row(trial, m) for m in measurements)
+    with eval_mode(model):  # dropout would spoil the numbers, and draw from the random state
+        measure(trial, grouped(measurements))
+        return Report(_row(trial, m) for m in measurements)
 
 
 def _row(trial: Trial, m: Measurement) -> Row:

@@ -230,7 +230,8 @@ class Saes(Mapping[str, SAE]):
         """Judge the fit of SAE and model on `inputs`: FVU, L0, dead share, loss clean, spliced and zero-ablated, a
         verdict.
 
-        inputs: token ids (batch, tokens), or a mapping with input_ids and attention_mask. Changes nothing.
+        inputs: token ids (batch, tokens), or a mapping with input_ids and attention_mask. Measures in eval mode;
+        changes nothing.
         """
         return check.check(self._model, self._runtime, self._several(layer, site, name), inputs)
 

@@ -184,6 +184,20 @@ def test_checking_leaves_the_model_as_it_was(tiny_gemma2, inputs):
     assert not tiny_gemma2.saes._runtime.active
 
 
+def test_a_model_in_training_is_measured_without_dropout_and_neither_it_nor_the_random_state_is_changed(
+        random_model, random_sae):
+    model, ids = random_model("GPT2"), torch.arange(3, 123).reshape(4, 30)
+    attach_saes(model, random_sae(32, 64, "transformer.h.1.output"))
+    want = model.saes.check(ids)
+    model.train()
+    model.transformer.h[0].eval()
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    assert model.saes.check(ids) == want
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert 0 < sum(modes) < len(modes)
+
+
 def test_a_transcoder_is_judged_by_what_it_should_write(tiny_gemma2, inputs):
     read, write = "model.layers.1.pre_feedforward_layernorm.output", "model.layers.1.post_feedforward_layernorm.output"
     found = {read: [], write: []}
