@@ -27,7 +27,7 @@ class Handle:
 
     `edits` is what it does, as values that can be shared; `positions_edited` and `positions_skipped` count, over all
     forward passes so far, the tokens that were touched and those that were asked for but left alone (special tokens,
-    sinks).
+    sinks). A token counts as touched also where its row's strength is NaN, or where only_if_active finds nothing.
     """
 
     def __init__(self, runtime: Runtime, requests: list[Request], scope: str) -> None:
