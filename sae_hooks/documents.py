@@ -6,7 +6,7 @@ Every row is a document, in its place: an empty one has no tokens, but it has it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
@@ -63,7 +63,8 @@ class Window:
 
 
 def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, roles: str | Iterable[str] | None = None,
-              add_special_tokens: bool = True, limit: int | None = None, split: str = "train") -> Iterator[Document]:
+              add_special_tokens: bool = True, limit: int | None = None, split: str = "train",
+              special_ids: Collection[int] = ()) -> Iterator[Document]:
     """Tokenise the rows of a source, in their order, as they are needed.
 
     source: as `records` takes it; its rows are strings, token ids (a list, an array or a tensor (n,)), chat messages
@@ -71,6 +72,7 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
     input_ids that is there and not None). tokenizer: a transformers tokenizer; None will do where all rows are ids.
     roles: of chats, want only what these wrote: the tokens of a message's content, without the template's words around
     it. add_special_tokens: of texts; a chat has those of its template, ids are taken as they are. limit: documents.
+    special_ids: the model's; without a tokenizer a document's prefix is the run of them that it begins with.
 
     Columns become what JSON holds: arrays and tensors lists, dates ISO 8601 strings, NaN None.
 
@@ -84,7 +86,7 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
     if limit is not None and limit < 0:
         raise DataError(f"limit must be a number of documents, 0 or more; got {limit}")
     wanted = None if roles is None else frozenset([roles] if isinstance(roles, str) else roles)
-    reader = _Reader(tokenizer, rows.field or field, wanted, add_special_tokens)
+    reader = _Reader(tokenizer, rows.field or field, wanted, add_special_tokens, special_ids)
     return reader.documents(islice(rows, limit))
 
 
@@ -140,8 +142,10 @@ class _Checked:
 class _Reader:
     """Rows -> documents, some at a time."""
 
-    def __init__(self, tokenizer: Any, field: str | None, roles: frozenset[str] | None, add: bool) -> None:
+    def __init__(self, tokenizer: Any, field: str | None, roles: frozenset[str] | None, add: bool,
+                 special_ids: Collection[int]) -> None:
         self.tokenizer, self.field, self.roles, self.add = tokenizer, field, roles, add
+        self.special_ids = frozenset(special_ids)
         self.prefix = prefix_ids(tokenizer) if tokenizer is not None else ()
 
     def documents(self, rows: Iterable[Row]) -> Iterator[Document]:
@@ -156,10 +160,17 @@ class _Reader:
 
     def document(self, row: _Checked, ids: Any, wanted: Mask | None = None) -> Document:
         ids = np.asarray(ids, dtype=np.int32)
-        begins = len(ids) > 0 and tuple(ids[: len(self.prefix)].tolist()) == self.prefix
         if self.roles is not None and wanted is None:  # a row without messages, of which none is anyone's
             wanted = np.zeros(len(ids), dtype=np.bool_)
-        return Document(row.number, ids, wanted, row.columns, self.prefix if begins else ())
+        return Document(row.number, ids, wanted, row.columns, self.prefix_of(ids))
+
+    def prefix_of(self, ids: Ids) -> tuple[int, ...]:
+        """The special tokens before a document's text, () for a document of special tokens alone."""
+        if self.tokenizer is None:
+            end = next((i for i, one in enumerate(ids) if one not in self.special_ids), 0)
+            return tuple(ids[:end].tolist())
+        begins = len(ids) > 0 and tuple(ids[: len(self.prefix)].tolist()) == self.prefix
+        return self.prefix if begins else ()
 
     def encoded(self, texts: list[str]) -> Iterator[Encoded]:
         if texts:

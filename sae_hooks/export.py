@@ -54,7 +54,8 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
         _claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
     wait_for_all()
     export, texts, entries = file_digest(folder / EXPORT), [], {}
-    for part in parts(tokenised(documents, tokenizer, **reading), window, overlap, tokens_per_shard):
+    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
+    for part in parts(read, window, overlap, tokens_per_shard):
         texts.append(_text(part))
         if part.number % processes == rank:
             there = _present(folder, part.number, export, texts[-1])

@@ -90,7 +90,7 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
     """
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
-    read = tokenised(documents, tokenizer, **reading)
+    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
     return (extractor.run(part) for part in parts(read, window, overlap, tokens_per_part))
 
 

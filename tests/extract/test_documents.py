@@ -60,6 +60,15 @@ def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tiny_tokenizer: A
     assert set(alone.columns) <= {"text"}
 
 
+@pytest.mark.parametrize(("ids", "prefix"), [
+    ([BOS, 5, 6], (BOS,)), ([BOS, BOS, 5, BOS], (BOS, BOS)), ([5, BOS, 6], ()), ([BOS, 1], ()), ([], ())])
+def test_without_a_tokenizer_the_special_ids_that_ids_begin_with_are_their_prefix(
+        ids: list[int], prefix: tuple[int, ...]) -> None:
+    [found] = tokenised([ids], special_ids={0, 1, BOS})
+
+    assert found.prefix == prefix
+
+
 def test_an_empty_row_is_a_document_without_tokens_in_its_place(tiny_tokenizer: Any) -> None:
     rows = [None, "", "a", [], {"text": None, "label": 1}, {"text": ""}, {"messages": []}, {"input_ids": None}, "b"]
 

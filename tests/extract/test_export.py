@@ -65,6 +65,14 @@ def test_the_tokenizer_is_kept_so_that_texts_can_be_read(export, tmp_path):
     assert "butter" in store.document_text(3)
 
 
+def test_token_ids_are_exported_alike_with_a_tokenizer_and_without(export, tiny_tokenizer, tmp_path):
+    rows = [{"input_ids": tiny_tokenizer(row["text"])["input_ids"]} for row in ROWS]
+    known, alone = (export(tmp_path / f"{tokenizer is None}", rows, tokenizer=tokenizer, dtype="float32").column(5)[1]
+                    for tokenizer in (tiny_tokenizer, None))
+    assert len(known)
+    assert torch.equal(torch.as_tensor(alone), torch.as_tensor(known))
+
+
 @pytest.mark.parametrize("stop", range(3))
 def test_an_export_that_failed_goes_on_and_ends_with_the_same_bytes(export, model, tmp_path, stop):
     export(tmp_path / "whole")

@@ -70,6 +70,14 @@ def test_a_long_document_is_cut_into_windows_that_see_what_came_before(model, ti
     assert torch.equal(same_rows.indices, alone[SITE][8:].indices)
 
 
+def test_every_window_of_token_ids_begins_as_the_document_does_with_a_tokenizer_or_without(model, tiny_tokenizer):
+    rows = [{"input_ids": tiny_tokenizer(text)["input_ids"]} for text in TEXTS]
+    known, alone = (joined(extract_features(model, rows, tokenizer=tokenizer, window=24, overlap=7))
+                    for tokenizer in (tiny_tokenizer, None))
+    assert torch.equal(alone.values, known.values)
+    same(alone, known)
+
+
 def test_activations_stand_beside_the_features_row_by_row(model, tiny_tokenizer):
     (part,) = extract_features(model, TEXTS, tokenizer=tiny_tokenizer, activations=True)
     sae, x = model.saes[SITE], part.activations[SITE]
