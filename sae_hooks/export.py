@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from .documents import Document, tokenised
 from .edits import Edits
 from .errors import DataError
 from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts
-from .identity import differences, model_identity, sae_identity, tokenizer_identity
+from .identity import adapters_identity, differences, model_identity, sae_identity, tokenizer_identity
 from .processes import launched_share, wait_for_all
+from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .store import FeatureStore, open_features
 from .store.format import EXPORT, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
 from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
@@ -42,7 +43,8 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     torchrun each process writes every n-th shard, and all return when the whole is there.
 
     Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
-    setting, naming what differs, and for a value that dtype cannot hold. What is there stays.
+    setting, or one made with other edits, splices or adapters in effect, naming what differs; and for a value that
+    dtype cannot hold. What is there stays.
     """
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
@@ -72,11 +74,28 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 
 def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """All that the features depend on, but the text."""
-    runtime = extractor.saes._runtime
-    edits = Edits(tuple(edit for request in runtime.requests() if (edit := getattr(request, "edit", None)) is not None))
+    requests = extractor.saes._runtime.requests()
+    edits = Edits(tuple(request.edit for request in requests if isinstance(request, EditRequest)))
+    adapters = adapters_identity(extractor.model)
     return {"model": model_identity(extractor.model), "tokenizer": tokenizer_identity(tokenizer),
             "saes": {slot.name: sae_identity(slot.sae) | {"site": slot.read.key} for slot in extractor.slots},
-            "settings": dict(settings), "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json()}
+            "settings": dict(settings), "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json(),
+            **({"adapters": adapters} if adapters else {}), **_in_effect(requests)}
+
+
+def _in_effect(requests: Sequence[Request]) -> dict[str, Any]:
+    """The open splices, and the SAEs that these and the open edits compute with, exported or not; {} if none is open.
+    What only watches, such as a capture, changes nothing."""
+    changing = [request for request in requests if not isinstance(request, WatchRequest)]
+    if not changing:
+        return {}
+    splices = [{"name": request.slot.name, "special_tokens": request.special_tokens,
+                "tokens": request.tokens.tolist() if isinstance(request.tokens, Tensor) else request.tokens}
+               for request in changing if isinstance(request, SpliceRequest)]
+    slots = {request.slot.name: request.slot for request in changing}
+    return {"splices": splices,
+            "open_saes": {name: sae_identity(slot.sae) | {"site": slot.read.key, "site_out": slot.write.key}
+                          for name, slot in slots.items()}}
 
 
 def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> None:

@@ -37,6 +37,21 @@ def sae_identity(sae: SAE) -> dict[str, Any]:
             "weights": _digest(part for name, p in tensors for part in (name.encode(), raw_bytes(p)))}
 
 
+def adapters_identity(model: nn.Module) -> list[dict[str, Any]]:
+    """What PEFT's layers compute with, layers alike together: adapters that are active, merged, disabled, and their
+    scaling. Empty for a model without such layers."""
+    alike: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        disabled = getattr(module, "disable_adapters", None)  # a method of transformers' models, a bool of these layers
+        if isinstance(disabled, bool):
+            active, merged = (list(getattr(module, name, ())) for name in ("active_adapters", "merged_adapters"))
+            told = {"active": active, "merged": merged, "disabled": disabled,
+                    "scaling": getattr(module, "scaling", None)}
+            alike.setdefault(json.dumps(told, sort_keys=True, default=str), []).append(path)
+    return [json.loads(told) | {"layers": _digest([json.dumps(paths).encode()])}
+            for told, paths in sorted(alike.items())]
+
+
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
     """Class and a digest of what decides its ids; None for no tokenizer."""
     if tokenizer is None:

@@ -1,6 +1,7 @@
 """export_features: the store is the extraction, goes on where it was cut off, and is refused to anything else."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from sae_hooks.export import export_features
 from sae_hooks.extract import extract_features
 from sae_hooks.store import open_features
 
-SITE = "model.layers.2.output"
+SITE, LOWER = "model.layers.2.output", "model.layers.1.output"
 WORKER = Path(__file__).with_name("export_worker.py")
 ROWS = [{"text": "In the beginning God created the heaven and the earth.", "label": "bible", "n": 1},
         {"text": "", "label": "empty"}, {"text": "def f(x):\n    return x + 1", "label": "python"},
@@ -33,8 +34,8 @@ def model(tiny_gemma2, random_sae):
 
 @pytest.fixture
 def export(model, tiny_tokenizer):
-    """export(folder, documents=ROWS, **changes)"""
-    def run(folder, documents=ROWS, **changes):
+    """export(folder, documents=ROWS, model=model, **changes)"""
+    def run(folder, documents=ROWS, model=model, **changes):
         settings = {"tokenizer": tiny_tokenizer, "tokens_per_shard": 40, "window": 32, "overlap": 4} | changes
         return export_features(model, documents, folder, **settings)
     return run
@@ -147,6 +148,56 @@ def test_an_edit_that_is_open_belongs_to_what_was_exported(export, model, tmp_pa
     with pytest.warns(match="touched no position"):  # its site is where extraction ends
         edit.remove()
     refused(export, tmp_path / "f", "edits: there")
+
+
+def test_a_splice_that_is_open_below_belongs_to_what_was_exported(export, model, random_sae, tmp_path):
+    attach_saes(model, random_sae(192, 128, LOWER, norm=29))
+    with model.saes.splice(name=LOWER):
+        export(tmp_path / "spliced", sites=[SITE])
+        export(tmp_path / "spliced", sites=[SITE])
+    refused(export, tmp_path / "spliced", f"splices: there .*{LOWER}.*, here None", sites=[SITE])
+    with pytest.warns(match="touched no position"), model.saes.splice(name=LOWER, special_tokens=True):
+        refused(export, tmp_path / "spliced", "splices: there .*False.*, here .*True", sites=[SITE])
+    export(tmp_path / "plain", sites=[SITE])
+    with pytest.warns(match="touched no position"), model.saes.splice(name=LOWER):
+        refused(export, tmp_path / "plain", "splices: there None", sites=[SITE])
+
+
+def test_another_sae_behind_an_open_edit_is_refused_also_where_it_is_not_exported(export, model, random_sae, tmp_path):
+    attach_saes(model, random_sae(192, 128, LOWER, norm=29))
+    with model.saes.clamp({3: 5.0}, name=LOWER):
+        export(tmp_path / "f", sites=[SITE])
+        export(tmp_path / "f", sites=[SITE])
+    own = model.saes[SITE]
+    model.saes.detach()
+    attach_saes(model, {SITE: own, LOWER: random_sae(192, 128, LOWER, seed=99, norm=29)})
+    with pytest.warns(match="touched no position"), model.saes.clamp({3: 5.0}, name=LOWER):
+        refused(export, tmp_path / "f", rf"open_saes.{LOWER}.weights: there '\w+', here", sites=[SITE])
+
+
+def test_what_is_not_open_and_a_capture_leave_the_identity_as_it_is(export, model, tmp_path):
+    export(tmp_path)
+    assert set(json.loads((tmp_path / "export.json").read_text())) == {
+        "edits", "format", "model", "saes", "settings", "special_ids", "tokenizer"}
+    with pytest.warns(match="touched no position"), model.saes.capture():
+        export(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
+def test_adapters_that_are_off_or_scaled_otherwise_make_another_export(export, model, tmp_path):
+    peft = pytest.importorskip("peft")
+    own = model.saes[SITE]
+    model.saes.detach()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
+    attach_saes(wrapped, own)
+    export(tmp_path, model=wrapped)
+    with wrapped.disable_adapter():
+        refused(export, tmp_path, "adapters: there .*'disabled': False.*, here .*'disabled': True", model=wrapped)
+    lora = wrapped.base_model.model.model.layers[1].self_attn.q_proj
+    lora.scaling["default"] *= 2
+    refused(export, tmp_path, "adapters: there", model=wrapped)
+    lora.scaling["default"] /= 2
+    export(tmp_path, model=wrapped)
 
 
 def test_a_folder_of_something_else_is_left_alone(export, tmp_path):
