@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .documents import Document, tokenised
 from .edits import Edits
 from .errors import DataError
-from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts
+from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts, window_length
 from .identity import adapters_identity, differences, model_identity, sae_identity, tokenizer_identity
 from .processes import launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
@@ -31,9 +31,10 @@ Entry = dict[str, Any]  # of a shard, in the manifest
 
 def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tokenizer: Any = None,
                     sites: Sequence[str] | None = None, dtype: Literal["float16", "bfloat16", "float32"] = "float16",
-                    activations: bool = False, special_tokens: bool = False, window: int = 1024, overlap: int = 0,
-                    tokens_per_shard: int = TOKENS_PER_PART, tokens_per_batch: int = TOKENS_PER_BATCH,
-                    resume: bool = True, progress: Callable[[int, int], object] = lambda rows, documents: None,
+                    activations: bool = False, special_tokens: bool = False, window: int | None = None,
+                    overlap: int = 0, tokens_per_shard: int = TOKENS_PER_PART,
+                    tokens_per_batch: int = TOKENS_PER_BATCH, resume: bool = True,
+                    progress: Callable[[int, int], object] = lambda rows, documents: None,
                     **reading: Any) -> FeatureStore:
     """Write the features of all tokens of documents to folder, and open it.
 
@@ -49,6 +50,7 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
+    window = window_length(model, window)
     settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
                 "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": tokens_per_batch}
     rank, processes = launched_share()

@@ -20,9 +20,11 @@ from .errors import DataError, SaeAttachError
 from .forward import DeepEnoughError, eval_mode, input_device, uncompiled
 from .runtime import Slot, WatchRequest
 from .saes import Saes
+from .sites import context_length
 from .sparse import SparseFeatures
 from .tokens import Pass
 
+WINDOW = 1024  # tokens
 TOKENS_PER_PART = 32_768
 TOKENS_PER_BATCH = 4096
 
@@ -72,26 +74,38 @@ class Part:
 
 
 def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None, sites: Sequence[str] | None = None,
-                     activations: bool = False, special_tokens: bool = False, window: int = 1024, overlap: int = 0,
-                     tokens_per_part: int = TOKENS_PER_PART, tokens_per_batch: int = TOKENS_PER_BATCH,
-                     **reading: Any) -> Iterator[Extracted]:
+                     activations: bool = False, special_tokens: bool = False, window: int | None = None,
+                     overlap: int = 0, tokens_per_part: int = TOKENS_PER_PART,
+                     tokens_per_batch: int = TOKENS_PER_BATCH, **reading: Any) -> Iterator[Extracted]:
     """Yield the features of all tokens of documents, in their order, some tens of thousands of tokens at a time.
 
     model has SAEs attached; sites names some of them (default: all). documents: texts, rows with "text", "messages" or
     "input_ids", files, data sets (`documents.tokenised`, which also takes the rest: field, roles, limit, split,
-    add_special_tokens). window: tokens that the model reads at once; longer documents are cut, and the last `overlap`
-    tokens of a window are read again as the context of the next. activations: give x beside the features.
-    special_tokens: encode special tokens and attention sinks, too.
+    add_special_tokens). window: tokens that the model reads at once, by default 1024, or as many as its config says
+    that it takes if that is less; longer documents are cut, and the last `overlap` tokens of a window are read again as
+    the context of the next. activations: give x beside the features. special_tokens: encode special tokens and
+    attention sinks, too.
 
     The model runs in eval mode, only as deep as the deepest site, and is left as it was. What is open on it, such as an
     edit at another site, has its effect; features at an edited site are those of before the edit. Memory beside the
     model: one pass of tokens_per_batch positions, and tokens_per_part rows of about 24 bytes a non-zero, and twice
-    their activations if asked for. Raises DataError for a text, SaeAttachError without SAEs.
+    their activations if asked for. Raises DataError for a text, a token id that the model has not, and a window longer
+    than it takes; SaeAttachError without SAEs.
     """
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
     read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
-    return (extractor.run(part) for part in parts(read, window, overlap, tokens_per_part))
+    return (extractor.run(part) for part in parts(read, window_length(model, window), overlap, tokens_per_part))
+
+
+def window_length(model: nn.Module, window: int | None) -> int:
+    """Tokens that the model is to read at once; None: the default. Raises DataError if it does not take as many."""
+    if window is None:
+        return context_length(model, WINDOW)
+    if (limit := context_length(model, window)) < window:
+        raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most (its config's "
+                        "max_position_embeddings); give no more, or leave window out")
+    return window
 
 
 def parts(documents: Iterable[Document], window: int, overlap: int, tokens: int) -> Iterator[Part]:
@@ -123,7 +137,8 @@ class Extractor:
 
     @torch.no_grad()
     def run(self, part: Part) -> Extracted:
-        """The features of a part's windows."""
+        """The features of a part's windows. Raises DataError for a token id beyond the model's embeddings."""
+        _check_ids(part.windows, self.model)
         origins = part.origins()
         collectors = {slot.name: _Collector(slot, self.activations) for slot in self.slots}
         with eval_mode(self.model), uncompiled(), self._open(list(collectors.values())) as batch_of:
@@ -181,6 +196,20 @@ def _slots(saes: Saes, sites: Sequence[str] | None) -> list[Slot]:
     if not slots:
         raise SaeAttachError(f"sites= names none of the attached SAEs: {', '.join(saes)}")
     return list(slots.values())
+
+
+def _check_ids(some: Sequence[Window], model: nn.Module) -> None:
+    """Raise DataError for an id without an embedding, which is an IndexError, and on a GPU the end of the process."""
+    embedding = None
+    with suppress(NotImplementedError, AttributeError):
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    number = getattr(getattr(embedding, "base_layer", embedding), "num_embeddings", None)
+    if not isinstance(number, int):
+        return
+    for window in some:
+        if len(window.ids) and (most := int(window.ids.max())) >= number:
+            raise DataError(f"document {window.document} has the token id {most}, {type(model).__name__} has ids 0 to "
+                            f"{number - 1}; was it tokenised for another model?")
 
 
 # --- batches ------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ TEXTS = "A .jsonl (.xz, .gz), .txt or .md file, a folder of the last two, or a d
 Field = Annotated[str | None, typer.Option(
     help="Where the text stands in a row (default: text, messages or input_ids, whichever is there).")]
 Split = Annotated[str, typer.Option(help="Of a data set.")]
-Window = Annotated[int, typer.Option(min=2, help="Tokens that the model reads at once; longer texts are cut.")]
+Window = Annotated[int | None, typer.Option(min=2, help=(
+    "Tokens that the model reads at once; longer texts are cut. Default: 1024, or what the model takes if less."))]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents, from the first on.")]
 
 
@@ -43,7 +44,7 @@ def extract(
         help="How the features' activations are kept.")] = "float16",
     activations: Annotated[bool, typer.Option(
         "--activations", help="Keep the site's raw activations, too: the baseline of any probe.")] = False,
-    window: Window = 1024,
+    window: Window = None,
     overlap: Annotated[int, typer.Option(min=0, help="Tokens of a window that the next one reads again.")] = 0,
     limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same command was cut off.")] = False,
@@ -73,7 +74,7 @@ def find(
     negative: Annotated[list[str], typer.Option(
         help="A text that has it not, or a file. May be given several times.")],
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
-    dtype: Dtype = "auto", device: Device = None, field: Field = None, window: Window = 1024,
+    dtype: Dtype = "auto", device: Device = None, field: Field = None, window: Window = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Features to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -121,6 +121,16 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def context_length(model: nn.Module, wanted: int) -> int:
+    """So many tokens at once, or as many as the model's config says that it takes, if that is less.
+
+    Beyond them learned positions end, and others are such as no training has seen. Models without such a limit
+    (state spaces, relative positions) state none, None or -1.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return min(wanted, limit) if isinstance(limit, int) and limit > 0 else wanted
+
+
 def width(model: nn.Module, site: Site) -> int | None:
     """Size of the last dimension at a site, where the module tells it; None where only a forward pass would."""
     module = getattr(site.module, "base_layer", site.module)  # PEFT's wrapper of a linear layer

@@ -20,7 +20,7 @@ from sae_hooks.formats.selection import matches, placed, summary, wanted
 from sae_hooks.hub import SaeFile, find_saes, list_saes
 from sae_hooks.hub.sources import open_source
 from sae_hooks.sae import SAE
-from sae_hooks.sites import text_config
+from sae_hooks.sites import context_length
 from sae_hooks.terminal import busy, print_table, progress
 
 from .assess import Text, assess, draw
@@ -119,7 +119,7 @@ def train(
     where = str(together.device) if together.mesh is not None and device is None else device
     loaded, tokenizer = load_model(model, dtype, where)
     job = Job(model_name=model_name or _model_name(model), recipes=recipes, text=what, out=out, cache=cache, skip=skip,
-              places=places(loaded, layer or [], sites), context=_context(loaded, context or first.context),
+              places=places(loaded, layer or [], sites), context=context_length(loaded, context or first.context),
               cache_tokens=cache_tokens or first.tokens, epochs=epochs, seed=seed, data_licence=data_licence)
     together.by_main(job.claim)
     with _interruptible(out, together.main):
@@ -162,7 +162,7 @@ def eval_command(
     saes = {_name(file, found): file.load().float() for file in progress(found, "loading")}
     facts = {name: facts_of(sae) for name, sae in saes.items()}
     report = assess(loaded, tokenizer, saes, what, model_name=model_name or _model_name(model), tokens=tokens,
-                    context=_context(loaded, context or CONTEXT), facts=facts,
+                    context=context_length(loaded, context or CONTEXT), facts=facts,
                     uniformity_positions=UNIFORMITY_POSITIONS if attribution else 0)
     _print_evaluations(report)
     if json_path is not None:
@@ -228,10 +228,6 @@ def _model_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _context(model: Any, wanted: int) -> int:
-    return min(wanted, getattr(text_config(model), "max_position_embeddings", None) or wanted)
-
-
 def _sae_device(device: str | None) -> str:
     """Where SAEs are trained: where the model is, or on the first GPU of those it is spread over."""
     if device in (None, "auto"):
@@ -267,7 +263,7 @@ def _print_plan(name: str, layers: Sequence[int], sites: Sequence[str], recipes:
     """Of the model, no weights are read."""
     model, recipe = _empty_model(name), next(iter(recipes.values()))
     found = [place for place in places(model, layers, sites) for _ in recipes]
-    cost = model_cost(model, found, _context(model, context or recipe.context))
+    cost = model_cost(model, found, context_length(model, context or recipe.context))
     typer.echo(describe([plan(recipe, cost, gpus=n, shards=shards, cached=cached) for n, shards in PLANNED]))
 
 

@@ -98,6 +98,13 @@ def test_an_export_that_failed_goes_on_and_ends_with_the_same_bytes(export, mode
     export(tmp_path / "cut")
 
 
+def test_the_window_that_was_taken_stands_in_the_settings(export, tmp_path):
+    assert export(tmp_path / "f", window=None).export["settings"]["window"] == 256  # tiny_gemma2's positions
+    with pytest.raises(DataError, match="window=1024, but Gemma2ForCausalLM takes 256"):
+        export(tmp_path / "g", window=1024)
+    assert not (tmp_path / "g").exists()
+
+
 def test_a_model_that_was_found_under_another_name_goes_on_and_leaves_the_first_one(export, model, tmp_path):
     export(tmp_path)
     before = contents(tmp_path)

@@ -150,6 +150,29 @@ def test_other_architectures_and_token_ids_without_a_tokenizer(random_model, ran
     assert len(found.indices)
 
 
+@pytest.mark.parametrize(("architecture", "site", "longest"), [
+    ("Llama", "model.layers.1.output", 128), ("GPT2", "transformer.h.1.output", 128),
+    ("OPT", "model.decoder.layers.1.output", 128), ("Bloom", "transformer.h.1.output", 300)])
+def test_no_window_is_longer_than_the_model_takes(random_model, random_sae, architecture, site, longest):
+    model, read = random_model(architecture), []
+    attach_saes(model, random_sae(32, 64, site))
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    (part,) = extract_features(model, [np.arange(300) % 128])
+    assert len(part) == 300
+    assert max(read) == longest
+
+
+def test_a_window_longer_than_the_model_takes_is_refused_with_both_numbers(model, tiny_tokenizer):
+    with pytest.raises(DataError, match=r"window=257, but Gemma2ForCausalLM takes 256 tokens at most"):
+        extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=257)
+    assert list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=256))
+
+
+def test_a_token_id_without_an_embedding_is_refused_by_its_document(model):
+    with pytest.raises(DataError, match=r"document 1 has the token id 4096, Gemma2ForCausalLM has ids 0 to 4095"):
+        list(extract_features(model, [[2, 4095], [2, 4096]]))
+
+
 def test_a_transcoder_is_encoded_where_it_reads(tiny_gemma2, tiny_tokenizer, random_sae):
     site = "model.layers.1.pre_feedforward_layernorm.output"
     sae = random_sae(192, 256, site, site_out="model.layers.1.post_feedforward_layernorm.output", norm=14)
