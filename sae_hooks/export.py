@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .documents import Document, tokenised
 from .edits import Edits
-from .errors import DataError
+from .errors import DataError, SaeFormatError
 from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts, window_length
 from .identity import adapters_identity, differences, model_identity, sae_identity, tokenizer_identity
 from .processes import launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .store import FeatureStore, open_features
+from .store.folder import read_manifest
 from .store.format import EXPORT, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
 from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
 
@@ -45,7 +46,7 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 
     Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
     setting, or one made with other edits, splices or adapters in effect, naming what differs; and for a value that
-    dtype cannot hold. What is there stays.
+    dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is there stays.
     """
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
@@ -58,11 +59,13 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
         _claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
     wait_for_all()
     export, texts, entries = file_digest(folder / EXPORT), [], {}
+    finished = _finished(folder, export, {slot.name for slot in extractor.slots})
     read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
     for part in parts(read, window, overlap, tokens_per_shard):
         texts.append(_text(part))
         if part.number % processes == rank:
             there = _present(folder, part.number, export, texts[-1])
+            _check_unchanged(folder, part.number, there, finished)
             entries[part.number] = there or _written(folder, part, extractor, export, dtype)
             progress(part.rows, len(part.documents))
     wait_for_all()
@@ -129,6 +132,21 @@ def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         raise DataError(f"the tokenizer could not be written in {folder}: {error}; make room or take another folder, "
                         "and run it again with resume") from error
+
+
+def _finished(folder: Path, export: str, names: set[str]) -> list[Entry]:
+    """The shards as the manifest states them, if the export was finished before."""
+    try:
+        return read_manifest(folder, export, names) or []
+    except SaeFormatError as error:
+        raise SaeFormatError(f"{error}; delete it to have it made anew from the shards") from error
+
+
+def _check_unchanged(folder: Path, number: int, there: Entry | None, finished: Sequence[Entry]) -> None:
+    """Raise SaeFormatError if a shard is not the one that the manifest states; the new manifest would state it."""
+    if there is not None and number < len(finished) and there["sha256"] != finished[number]["sha256"]:
+        raise SaeFormatError(f"{folder / shard_name(number)} was changed since it was written: its sha256 is not the "
+                             "manifest's. Delete the shard, and run the export again to have it written again")
 
 
 def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[int, Entry]) -> None:

@@ -191,10 +191,24 @@ def _read_export(path: Path) -> tuple[dict[str, Any], str]:
 
 def _read_entries(path: Path, export: str, names: set[str]) -> list[dict[str, Any]]:
     """The manifest's entries, with every file there and of its size."""
-    if not (path / MANIFEST).exists():
+    entries = read_manifest(path, export, names)
+    if entries is None:
         count = len(list(path.glob("shard-*.safetensors")))
         raise SaeFormatError(f"the export in {path} is not finished: {count} shards are there; run it again with "
                              "resume")
+    for number, entry in enumerate(entries):
+        _check_size(path / shard_name(number), entry["bytes"])
+        _check_size(path / documents_name(number), None)
+    return entries
+
+
+def read_manifest(path: Path, export: str, names: set[str]) -> list[dict[str, Any]] | None:
+    """The manifest's entries, or None where there is no manifest. export: sha256 of export.json; names: its SAEs.
+
+    Raises SaeFormatError for a broken manifest, or one of another export.
+    """
+    if not (path / MANIFEST).exists():
+        return None
     manifest, _ = read_object(path / MANIFEST)
     with naming(path / MANIFEST):
         entries = manifest.get("shards")
@@ -202,9 +216,6 @@ def _read_entries(path: Path, export: str, names: set[str]) -> list[dict[str, An
             raise SaeFormatError(f"it is not of this export: the sha256 of {EXPORT} is another")
         if not isinstance(entries, list) or not all(_is_entry(entry, names) for entry in entries):
             raise SaeFormatError(f"its shards are not as expected: {', '.join(ENTRY)} of each")
-    for number, entry in enumerate(entries):
-        _check_size(path / shard_name(number), entry["bytes"])
-        _check_size(path / documents_name(number), None)
     return entries
 
 

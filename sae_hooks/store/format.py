@@ -14,12 +14,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import DataError, SaeFormatError, SaeNotFoundError
 from ..hub.safe_files import open_regular, parse_json
@@ -63,6 +66,16 @@ def token_checksum(doc_id: Any, position: Any, token_id: Any) -> str:
     the other, little-endian), whatever dtype they come in."""
     kinds = ((doc_id, "<u4"), (position, "<u4"), (token_id, "<i4"))
     return digest(b"".join(np.asarray(numbers).astype(kind).tobytes() for numbers, kind in kinds))
+
+
+def content_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 over the bytes of tensors (on the CPU), in order of their names: what tells a shard that has rotted, at
+    2.8 GB a second on one core (sha256: 1.5)."""
+    crc = 0
+    for name in sorted(tensors):
+        if tensors[name].numel():
+            crc = zlib.crc32(cast(Any, tensors[name].reshape(-1).view(torch.uint8).numpy()), crc)
+    return crc
 
 
 def read_object(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import SaeFormatError
 from ..hub.safe_files import open_regular, parse_json
-from .format import FORMAT, MOST_INDEX_U16, naming, token_checksum
+from .format import FORMAT, MOST_INDEX_U16, content_checksum, naming, token_checksum
 
 MOST_HEADER = 2**20  # bytes
 VALUES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -63,6 +63,7 @@ class Shard:
             self.doc_id, self.position, self.token_id = (tensors[name].numpy() for name in PROVENANCE)
             if not in_order(self.doc_id, self.position):
                 raise SaeFormatError("its rows are not in order of document and position; a byte was changed")
+            self._tensors = tensors
             self.entries = {name: _entries(tensors, name, sae["d_sae"]) for name, sae in saes.items()}
 
     def __len__(self) -> int:
@@ -82,6 +83,14 @@ class Shard:
                 raise SaeFormatError("its tokens are not those that it states; a byte was changed")
             for entries in self.entries.values():
                 entries.checked(0, len(entries.indices))
+
+
+    def check_bytes(self) -> None:
+        """Raise SaeFormatError unless every tensor is as it was written, where the shard states its checksum: those of
+        before it was stated do not."""
+        if self.stated.get("crc32") not in (None, content_checksum(self._tensors)):
+            raise SaeFormatError(f"{self.path}: a byte was changed since it was written; delete it, and run the export "
+                                 "again to have it written again")
 
 
 def in_order(doc_id: Array, position: Array) -> bool:
@@ -115,6 +124,7 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise SaeFormatError(f"its metadata has the keys {sorted(metadata)}, expected [{FORMAT!r}]: not a shard")
     stated = parse_json(metadata[FORMAT].encode(), "metadata")
     kinds = {"shard": int, "first_row": int, "rows": int, "export": str, "tokens": str, "documents": str}
+    kinds |= {"crc32": int} if "crc32" in stated else {}
     if set(stated) != set(kinds) or any(type(stated[key]) is not kind for key, kind in kinds.items()):
         raise SaeFormatError(f"its metadata is {str(stated)[:300]}, expected {', '.join(kinds)}")
     return stated

@@ -21,6 +21,7 @@ from .format import (
     FORMAT,
     MANIFEST,
     canonical,
+    content_checksum,
     digest,
     document_digest,
     documents_bytes,
@@ -93,7 +94,7 @@ def write_shard(folder: Path, number: int, *, export: str, first_row: int, featu
     lines = documents_bytes(documents)
     tokens = token_checksum(*(tensors[name] for name in PROVENANCE))
     stated = {"shard": number, "export": export, "first_row": first_row, "rows": n, "tokens": tokens,
-              "documents": digest(lines)}
+              "documents": digest(lines), "crc32": content_checksum(tensors)}
     raw = save(tensors, metadata={FORMAT: canonical(stated).decode()})
     _write({folder / documents_name(number): lines, folder / shard_name(number): raw})
     nonzeros = {name: len(found.indices) for name, found in features.items()}
@@ -114,6 +115,7 @@ def read_entry(folder: Path, number: int, export: str) -> dict[str, Any] | None:
     shard = Shard(path, content["saes"])
     shard.check_stated({"shard": number, "export": export})
     shard.check_content()
+    shard.check_bytes()
     if not lines.exists():
         raise SaeFormatError(f"{lines} is missing, its shard is there; delete the shard to write both again")
     raw = lines.read_bytes()

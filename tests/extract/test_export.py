@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sae_hooks import attach_saes
 from sae_hooks.errors import DataError, SaeFormatError
@@ -239,6 +241,65 @@ def test_a_broken_shard_stops_the_resume_and_says_what_to_do(export, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(SaeFormatError, match="shard-00001"):
         export(tmp_path)
+
+
+def rewritten(path, change_metadata=lambda stated: stated, change_values=lambda values: values):
+    """Change a shard as no writer would, everything else in it being as it should be."""
+    with safe_open(path, framework="pt") as opened:
+        [(key, stated)] = opened.metadata().items()
+        tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  no mapping
+    tensors[f"{SITE}/values"] = change_values(tensors[f"{SITE}/values"])
+    save_file(tensors, path, {key: json.dumps(change_metadata(json.loads(stated)))})
+
+
+def without_checksum(stated):
+    return {key: value for key, value in stated.items() if key != "crc32"}
+
+
+@pytest.mark.parametrize("what", ["values", "activations"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_that_was_changed_is_not_taken_over_and_is_mended_once_deleted(export, tmp_path, what, finished):
+    export(tmp_path, activations=True)
+    whole, shard = contents(tmp_path), tmp_path / "shard-00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    raw[8 + length + json.loads(raw[8 : 8 + length])[f"{SITE}/{what}"]["data_offsets"][0] + 1] ^= 0x10
+    shard.write_bytes(raw)
+    if not finished:
+        (tmp_path / "manifest.json").unlink()
+    changed = contents(tmp_path)
+    with pytest.raises(SaeFormatError, match=r"shard-00001.* changed since it was written.*elete"):
+        export(tmp_path, activations=True)
+    assert contents(tmp_path) == changed
+    shard.unlink()
+    export(tmp_path, activations=True).verify()
+    assert contents(tmp_path) == whole
+
+
+def test_shards_of_before_they_had_a_checksum_go_on_and_are_held_against_the_manifest(export, tmp_path):
+    store = export(tmp_path)
+    features = store.csr()
+    for shard in tmp_path.glob("shard-*"):
+        rewritten(shard, without_checksum)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "shard-00002.safetensors").unlink()
+    again = export(tmp_path)
+    again.verify()
+    assert (again.csr() != features).nnz == 0
+    rewritten(tmp_path / "shard-00000.safetensors", change_values=lambda values: values * 2)
+    with pytest.raises(SaeFormatError, match=r"shard-00000.safetensors was changed .* not the manifest's. Delete"):
+        export(tmp_path)
+
+
+def test_a_broken_manifest_is_not_made_anew_over_shards_that_it_may_belie(export, tmp_path):
+    export(tmp_path)
+    whole = contents(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(SaeFormatError, match=r"manifest\.json.*; delete it to have it made anew"):
+        export(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    export(tmp_path)
+    assert contents(tmp_path) == whole
 
 
 def test_a_value_that_float16_cannot_hold_is_refused_and_bfloat16_takes_it(export, model, tmp_path):
