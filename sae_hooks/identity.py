@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .sae import SAE
 
-SAMPLED = 64  # values of each parameter of a model; hashing them all would take as long as loading it
+SAMPLED = 64  # values of each parameter of a model, rows of an SAE: hashing all would take as long as loading it
 TOLD = ("name", "revision", "source")  # for people: the same model may be found under another name
 
 
@@ -35,6 +35,13 @@ def sae_identity(sae: SAE) -> dict[str, Any]:
             "dtype": str(sae.dtype).removeprefix("torch."), "typical_norm": sae.metadata.get("typical_norm"),
             "source": sae.metadata.get("source"),
             "weights": _digest(part for name, p in tensors for part in (name.encode(), raw_bytes(p)))}
+
+
+def sae_digest(sae: SAE) -> str:
+    """Of the gate, the biases and some features' rows, cheaply; the same in every dtype that holds these values."""
+    step = max(1, sae.d_sae // SAMPLED)
+    tensors = (sae.b_enc, sae.b_dec, sae.threshold, sae.W_enc.T[::step], sae.W_dec[::step])
+    return _digest([str(sae.k).encode(), *(raw_bytes(t.detach().cpu().double()) for t in tensors if t is not None)])
 
 
 def adapters_identity(model: nn.Module) -> list[dict[str, Any]]:

@@ -48,9 +48,8 @@ def _published(folder: Path) -> list[Path]:
         if entry.dialect != "saelens" or entry.config is None:
             raise SaeFormatError(f"{where} is in the format of {entry.dialect}; write it as ours first: sae-hooks "
                                  f"convert {folder} NEW-FOLDER")
-        SaeFile(entry, str(where), source).load()
-        statistics = folder / (beside(entry) or "")
-        found += [where, folder / entry.config, *([statistics] if statistics.is_file() else [])]
+        measured = SaeFile(entry, str(where), source).load().statistics
+        found += [where, folder / entry.config, *([folder / str(beside(entry))] if measured is not None else [])]
     pictures = [path for path in (folder / PLOTS).glob("*") if path.suffix in PICTURES]
     return [*found, *(path for path in (folder / REPORT,) if path.exists()), *sorted(pictures)]
 

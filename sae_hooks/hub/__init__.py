@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from warnings import warn
 
 import torch
 
-from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
+from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from ..formats import DIALECTS, Entry, saelens
 from ..formats.selection import choose, may_match, placed, wanted
 from ..formats.weights import warn_odd_decoder
@@ -20,7 +21,7 @@ from ..sae import SAE
 from .failures import hub_errors, persist
 from .safe_files import json_bytes, read_config, write_atomically
 from .sources import STATISTICS, Source, open_source
-from .statistics_file import beside, read_statistics, statistics_bytes
+from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
@@ -53,7 +54,7 @@ class SaeFile:
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
         """Fetch, check and read it, with its statistics if there are any. `dtype`: of the matrices; None keeps the
-        file's.
+        file's. Warns of statistics that state that they are of other weights, and leaves them out.
 
         Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
         """
@@ -76,7 +77,12 @@ class SaeFile:
         if name and self.source.has(name):
             path = self.source.fetch(name)
             with _located(self.source.where(name)):
-                sae.statistics = read_statistics(path, sae.d_sae)
+                measured = read_statistics(path, sae.d_sae)
+                if not of_other_weights(path, sae):
+                    sae.statistics = measured
+                    return
+            warn(f"{self.source.where(name)} holds the statistics of other weights than {self.where}; they are left "
+                 "out. Measure them anew and save them", SaeWarning, stacklevel=3)
 
 
 class SaeTable(list[Entry]):
@@ -141,8 +147,9 @@ def list_saes(source: str | Path, *, revision: str | None = None, token: str | N
 def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
     """Write cfg.json and sae_weights.safetensors (SAELens 6) into a folder, made if needed; returns the folder.
 
-    Statistics, if the SAE has them, are written beside them; those of an SAE that was saved there before are removed.
-    Each file is replaced whole or not at all, cfg.json last. A mapping {site: SAE} becomes one folder a site inside.
+    Statistics, if the SAE has them, are written beside them; those of an SAE that was saved there before are removed
+    before its weights are replaced. Each file is replaced whole or not at all, cfg.json last. A mapping {site: SAE}
+    becomes one folder a site inside.
     Raises OSError, SaeFormatError (metadata that is no JSON); the old files are untouched then.
     """
     folder = Path(folder)
@@ -151,14 +158,13 @@ def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
             save_pretrained(one, folder / _folder_name(site))
         return folder
     tensors, config = saelens.dump(sae)
-    files = {folder / saelens.WEIGHTS: safetensors_bytes(tensors)}
+    files = {}
     if sae.statistics is not None:
-        files[folder / STATISTICS] = statistics_bytes(sae.statistics)
+        files[folder / STATISTICS] = statistics_bytes(sae, sae.statistics)
+    files[folder / saelens.WEIGHTS] = safetensors_bytes(tensors)
     files[folder / saelens.CONFIG] = json_bytes(config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(files)
-    if sae.statistics is None:
-        (folder / STATISTICS).unlink(missing_ok=True)
+    write_atomically(files, remove=() if sae.statistics is not None else [folder / STATISTICS])
     return folder
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,11 +91,12 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def write_atomically(files: Mapping[Path, bytes]) -> None:
+def write_atomically(files: Mapping[Path, bytes], remove: Iterable[Path] = ()) -> None:
     """Replace each file whole or not at all; the last one is renamed into place last. Mode as umask says.
 
-    All contents are on the disk, under temporary names beside their targets, before the first is renamed. What a
-    killed process left behind is cleared away by the next call. Raises OSError; nothing is changed then.
+    All contents are on the disk, under temporary names beside their targets, before the first is renamed. Just before
+    that the files in `remove`, if they are there, are removed: what the new ones belie. What a killed process left
+    behind is cleared away by the next call. Raises OSError; nothing is changed then.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp") for path in files}
     _being_written.update(temporary.values())
@@ -103,6 +104,10 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
         for path, content in files.items():
             _clear_leftovers(path)
             _write_through(temporary[path], content)
+        for path in remove:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                sync_folder(path.parent)
         for path in files:
             os.replace(temporary[path], path)
     except BaseException:

@@ -8,9 +8,13 @@ import torch
 
 from ..errors import SaeFormatError, SaeMismatchError
 from ..formats import Entry
+from ..identity import sae_digest
+from ..sae import SAE
 from ..statistics import LEVELS, FeatureStatistics
 from .sources import STATISTICS
-from .weight_files import Shapes, check_finite, read_shapes, read_tensors, safetensors_bytes
+from .weight_files import Shapes, check_finite, read_metadata, read_shapes, read_tensors, safetensors_bytes
+
+WEIGHTS = "sae_hooks.weights"  # key of the metadata: a digest of the weights that the statistics are of
 
 
 def beside(entry: Entry) -> str | None:
@@ -47,12 +51,18 @@ def read_statistics(path: Path, d_sae: int) -> FeatureStatistics:
     return FeatureStatistics(int(tensors.pop("tokens")), **tensors)
 
 
-def statistics_bytes(measured: FeatureStatistics) -> bytes:
-    """The file of these statistics."""
+def of_other_weights(path: Path, sae: SAE) -> bool:
+    """Whether the file states that its statistics are of other weights than these; files of before they did do not."""
+    stated = read_metadata(path).get(WEIGHTS)
+    return stated is not None and stated != sae_digest(sae)
+
+
+def statistics_bytes(sae: SAE, measured: FeatureStatistics) -> bytes:
+    """The file of an SAE's statistics, which states what weights they are of."""
     arrays = {name: getattr(measured, name).clone(memory_format=torch.contiguous_format)
               for name in ("frequency", "mean", "max", "quantiles")}
     known = {"tokens": torch.tensor([measured.tokens]), "levels": torch.tensor(LEVELS, dtype=torch.float64)}
-    return safetensors_bytes(arrays | known)
+    return safetensors_bytes(arrays | known, WEIGHTS, sae_digest(sae))
 
 
 def _shapes(d_sae: int) -> Shapes:

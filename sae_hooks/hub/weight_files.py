@@ -55,6 +55,15 @@ def read_shapes(path: Path) -> Shapes:
         return {name: tuple(info["shape"]) for name, info in _safetensors_header(file)[0].items()}
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata in the header of a .safetensors file, {} where there is none. Raises as read_tensors does."""
+    with open_regular(path) as file:
+        _, data_at = _safetensors_header(file)
+        file.seek(8)
+        metadata = parse_json(file.read(data_at - 8), "safetensors header").get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise SaeFormatError naming each tensor with NaN or infinite values, how many, and the first index."""
     wrong = []
@@ -69,9 +78,10 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise SaeFormatError("; ".join(wrong))
 
 
-def safetensors_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The tensors (contiguous, on the CPU) as a .safetensors file."""
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+def safetensors_bytes(tensors: dict[str, Tensor], key: str = "format", value: str = "pt") -> bytes:
+    """The tensors (contiguous, on the CPU) as a .safetensors file. Its metadata has one key: safetensors writes several
+    in a different order each time, and the same content should be the same bytes."""
+    return safetensors.torch.save(tensors, metadata={key: value})
 
 
 # --- safetensors: 8 bytes of header length, a JSON header, then the data ------------------------------------

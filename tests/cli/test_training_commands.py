@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,6 +363,18 @@ def test_push_takes_the_statistics_along(random_sae, hub, monkeypatch, tmp_path)
     sae.statistics = FeatureStatistics(9, *[torch.ones(16)] * 3, torch.ones(3, 16))
     done("push", sae.save_pretrained(tmp_path / "measured"), "alice/measured")
     assert load_sae("alice/measured", cache_dir=tmp_path / "cache").statistics.tokens == 9
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "always::sae_hooks.errors.SaeWarning")
+def test_push_leaves_the_statistics_of_other_weights_here(random_sae, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    sae = random_sae(192, 16, SITE)
+    sae.statistics = FeatureStatistics(9, *[torch.ones(16)] * 3, torch.ones(3, 16))
+    folder = sae.save_pretrained(tmp_path / "measured")
+    other = random_sae(192, 16, SITE, seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(other / "sae_weights.safetensors", folder)
+    assert "statistics of other weights" in done("push", folder, "alice/replaced").stderr.replace("\n", " ")
+    assert not [name for name in hub.repo("alice/replaced").files() if "statistics" in name]
 
 
 def test_push_refuses_what_is_broken_foreign_or_not_allowed(one_sae, hub):

@@ -1,6 +1,11 @@
 """feature_statistics.safetensors beside an SAE: saved, pushed, read back; refused like weights if it is not sound."""
 
+import contextlib
 import itertools
+import os
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from hub.files import safetensors_file
 from safetensors.torch import load_file, save_file
 
 from sae_hooks import attach_saes
-from sae_hooks.errors import SaeDownloadError, SaeFormatError, SaeMismatchError, UnsafeFileError
+from sae_hooks.errors import SaeDownloadError, SaeFormatError, SaeMismatchError, SaeWarning, UnsafeFileError
 from sae_hooks.hub import find_saes, list_saes, load_sae, push_to_hub, save_pretrained
 from sae_hooks.sae import SAE
 from sae_hooks.statistics import FeatureStatistics
@@ -60,6 +65,58 @@ def test_an_sae_without_statistics_has_no_such_file_and_takes_away_that_of_the_o
     bare.save_pretrained(tmp_path)
     assert names(tmp_path) == ["cfg.json", "sae_weights.safetensors"]
     assert load_sae(tmp_path).statistics is None
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("measured_anew", [True, False])
+@pytest.mark.parametrize("stated", [True, False], ids=["digest", "file of before"])
+def test_a_save_that_was_cut_off_never_leaves_the_statistics_of_another_sae(
+        sae, tmp_path, random_sae, monkeypatch, nth, measured_anew, stated):
+    path = sae.save_pretrained(tmp_path) / NAME
+    if not stated:
+        save_file(load_file(path), path)
+    new = random_sae(8, 16, SITE, seed=next(NUMBERS))
+    new.statistics = measured(seed=1) if measured_anew else None
+    renamed = []
+
+    def replace(source, target, real=os.replace):
+        if len(renamed) == nth:
+            raise KeyboardInterrupt
+        renamed.append(real(source, target))
+
+    def unlink(path, missing_ok=False, real=Path.unlink):
+        assert not renamed, "the new weights lay beside the old statistics"
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        patch.setattr(Path, "unlink", unlink)
+        new.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SaeWarning)
+        loaded = load_sae(tmp_path)
+    whose = new if torch.equal(loaded.W_enc, new.W_enc) else sae
+    assert loaded.statistics is None or same(loaded.statistics, whose.statistics)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_statistics_beside_weights_that_were_replaced_by_others_are_left_out_with_a_warning(tmp_path, random_sae, k):
+    sae, other = (random_sae(8, 16, SITE, seed=next(NUMBERS), k=k) for _ in range(2))
+    sae.statistics = measured()
+    sae.save_pretrained(tmp_path / "a")
+    shutil.copy(other.save_pretrained(tmp_path / "b") / FILES[2], tmp_path / "a")
+    with pytest.warns(SaeWarning, match=f"{NAME} holds the statistics of other weights than .*{FILES[2]}"):
+        assert load_sae(tmp_path / "a", dtype=torch.bfloat16).statistics is None
+
+
+def test_the_same_weights_in_a_wider_dtype_keep_their_statistics_and_so_does_a_file_without_a_digest(sae, tmp_path):
+    folder = sae.to(torch.bfloat16).save_pretrained(tmp_path)
+    weights = load_file(folder / FILES[2])
+    save_file({name: tensor.double() for name, tensor in weights.items()}, folder / FILES[2])
+    assert same(load_sae(folder).statistics, sae.statistics)
+    save_file(load_file(folder / NAME), folder / NAME)
+    save_file(weights | {"b_enc": weights["b_enc"] + 1}, folder / FILES[2])
+    assert same(load_sae(folder).statistics, sae.statistics)
 
 
 def test_each_site_has_its_own_and_the_listing_counts_saes_only(sae, tmp_path, random_sae):
