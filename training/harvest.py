@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sae_hooks.errors import DataError, SiteError
-from sae_hooks.forward import DeepEnoughError, input_device, uncompiled
+from sae_hooks.forward import DeepEnoughError, eval_mode, input_device, uncompiled
 from sae_hooks.runtime import SINK_MULTIPLE
 from sae_hooks.sites import Site, find_input, normalize, read, resolve
 
@@ -61,11 +61,12 @@ def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: 
     """Run model on ids, mask (batch, length) as deep as sites need: {site: x (batch, length, d_in)}.
 
     A site ends in .output, .input or .normalized (sites.py). ids and mask may lie anywhere; each x lies where the model
-    computes it, which differs between sites of a model that accelerate has spread over devices. The model is left as it
-    was. Raises SiteError for a site that it has not, or that a forward pass does not reach.
+    computes it, which differs between sites of a model that accelerate has spread over devices. The model runs in eval
+    mode, without dropout, and is left as it was. Raises SiteError for a site that it has not, or that a forward pass
+    does not reach.
     """
     where = input_device(model, ids.device)
-    with uncompiled(), _recording(model, sites) as seen, suppress(DeepEnoughError):
+    with eval_mode(model), uncompiled(), _recording(model, sites) as seen, suppress(DeepEnoughError):
         model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False)
     if unmet := [site for site in sites if site not in seen]:
         raise SiteError(f"a forward pass of {type(model).__name__} on text never reaches {', '.join(unmet)}")

@@ -161,6 +161,22 @@ def test_an_activation_that_is_changed_in_place_afterwards_is_what_the_module_ga
 
     assert torch.equal(found["model.layers.0.output"], plain)
 
+
+def test_a_model_in_train_mode_gives_what_it_gives_at_inference_and_stays_in_it(
+        model_with_a_sink_token: LlamaForCausalLM) -> None:
+    model = model_with_a_sink_token
+    model.model.embed_tokens.register_forward_hook(lambda module, args, x: torch.dropout(x, 0.5, module.training))
+    info = measure_sites(model, [SITE], WINDOWS, [0, BOS])
+    expected = harvest(model, {SITE: 1e9}, WINDOWS, [0, BOS])[SITE]
+    model.train()
+    model.model.layers[1].eval()
+
+    assert measure_sites(model, [SITE], WINDOWS, [0, BOS]) == info
+    assert torch.equal(harvest(model, {SITE: 1e9}, WINDOWS, [0, BOS])[SITE], expected)
+    assert {name for name, module in model.named_modules() if not module.training} == {
+        name for name, _ in model.named_modules() if name.startswith("model.layers.1")}
+
+
 # --- what cannot be trained on --------------------------------------------------------------------
 
 
