@@ -159,7 +159,7 @@ def _shuffled(plain: Documents, seed: int | None) -> Documents:
     kept: list[str] = []
 
     def texts(epoch: int) -> Iterator[str]:
-        kept.extend(() if kept else plain)
+        kept[:] = kept or list(plain)  # a reading that breaks off, at a broken line or by Ctrl-C, leaves none
         return (kept[i] for i in np.random.default_rng((seed, epoch)).permutation(len(kept)))
 
     return Documents(plain.name, texts)

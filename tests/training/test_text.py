@@ -87,6 +87,27 @@ def test_shuffled_texts_are_all_there_and_each_epoch_has_its_order(tmp_path: Pat
     assert first == list(documents(texts, seed=1))
 
 
+def test_shuffled_texts_of_a_reading_that_broke_off_are_all_read_again() -> None:
+    def texts() -> Iterator[str]:
+        yield "one"
+        if next(readings) == 0:
+            raise KeyboardInterrupt
+        yield from ("two", "three")
+
+    class Interrupted:
+        def __iter__(self) -> Iterator[str]:
+            return texts()
+
+    readings = count()
+    found = documents(Interrupted(), seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        list(found)
+
+    assert sorted(found) == ["one", "three", "two"]
+    assert sorted(found) == ["one", "three", "two"]
+    assert next(readings) == 2  # and then they are held
+
+
 def test_an_object_of_the_datasets_library_is_read_and_shuffles_itself() -> None:
     datasets = pytest.importorskip("datasets")
     stored = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
