@@ -120,7 +120,8 @@ def train(
     loaded, tokenizer = load_model(model, dtype, where)
     job = Job(model_name=model_name or _model_name(model), recipes=recipes, text=what, out=out, cache=cache, skip=skip,
               places=places(loaded, layer or [], sites), context=context_length(loaded, context or first.context),
-              cache_tokens=cache_tokens or first.tokens, epochs=epochs, seed=seed, data_licence=data_licence)
+              cache_tokens=cache_tokens or first.tokens, epochs=epochs, seed=seed, data_licence=data_licence,
+              dtype=str(loaded.dtype).removeprefix("torch."))
     together.by_main(job.claim)
     with _interruptible(out, together.main):
         with _tf32():

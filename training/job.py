@@ -63,7 +63,8 @@ def places(model: nn.Module, layers: Sequence[int], sites: Sequence[str]) -> lis
 class Job:
     """recipes: by variant; they differ in the objective alone. places: (site, site_out). context: tokens of a window.
     cache: a folder to harvest `cache_tokens` tokens into first, or None for a live stream. epochs: how often the text
-    may be read (None: as often as needed). skip: transcoders get an affine skip."""
+    may be read (None: as often as needed). skip: transcoders get an affine skip. dtype: the language model's, by which
+    its activations differ."""
 
     model_name: str
     recipes: Mapping[str, Recipe]
@@ -76,6 +77,7 @@ class Job:
     epochs: int | None = None
     seed: int = 0
     skip: bool = False
+    dtype: str | None = None
     data_licence: str | None = None
 
     @property
@@ -104,7 +106,7 @@ class Job:
         here = self.record()
         if started and path.exists():
             there = parse_json(path.read_bytes(), str(path))
-            if other := [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in here.items() if there.get(k) != v]:
+            if other := [f"{k} was {there[k]!r}, is {v!r}" for k, v in here.items() if there.get(k, v) != v]:
                 raise CheckpointError(f"{self.out} holds a training that read something else: {', '.join(other)}. Take "
                                       "another folder, or give the same command to go on with it")
         configs = [self.folder(trainee.name) / CONFIG for trainee in self.trainees()]
@@ -118,7 +120,7 @@ class Job:
         """What decides the activations, beside what the streams and the trainer compare themselves."""
         return {"model": self.model_name, "text": self.text.name, "split": self.text.split, "field": self.text.field,
                 "shuffled": self.text.shuffled, "context": self.context, "cached": self.cache is not None,
-                "seed": self.seed}
+                "seed": self.seed, "dtype": self.dtype}
 
     def run(self, model: nn.Module, tokenizer: Any, device: str | torch.device = "cpu", *,
             parallel: Parallel | None = None, progress: bool = True) -> dict[str, SAE]:

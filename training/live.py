@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 
@@ -19,6 +20,7 @@ from .harvest import (
     padded_batches,
     site_activations,
 )
+from .shards import text_digests
 from .stream import State
 from .text import Position, Window, Windows
 
@@ -84,7 +86,8 @@ class LiveStream:
                  device: str | torch.device = "cpu", buffer_device: str | torch.device = "cpu") -> None:
         """Measure the norms on the first windows, or take `norms` as they are; the buffer is filled at the first batch.
 
-        windows: `text.windows`, or a callable that opens an epoch's, or a list of them. special_ids: tokens to drop.
+        windows: `text.windows`, or a callable that opens an epoch's, or a list of them; the first are read at once, to
+        tell the text again when another stream goes on. special_ids: tokens to drop.
         epochs: how often the text is read (None: without end). share (i, n): this process reads the texts i, i + n,
         ..., and its batches are of every n-th row; n of them together make up what one would read, though not in its
         order. device: where batches come out; buffer_device: where the buffer lies. Raises DataError if no token is
@@ -101,8 +104,10 @@ class LiveStream:
         self._buffer: dict[str, Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)  # slots of the buffer that are still to be read
         self._seen = 0
+        first = list(islice(opened(0), NORM_WINDOWS))
+        self._texts = text_digests(first)
         if norms is None:
-            norms = measure_sites(model, list(sites), list(islice(opened(0), NORM_WINDOWS)), self._special_ids)
+            norms = measure_sites(model, list(sites), first, self._special_ids)
         self.sites: Mapping[str, SiteInfo] = {site: norms[site] for site in sites}
 
     @property
@@ -130,7 +135,7 @@ class LiveStream:
         """Its place in the text, the generator, and the unread rows of the buffer; belongs to this share alone."""
         epoch, (document, window) = self._reader.place
         state: State = {"epoch": epoch, "document": document, "window": window, "seen": self._seen,
-                        "generator": self._generator.get_state(), "source": self._source()}
+                        "generator": self._generator.get_state(), **self._origin()}
         for site, info in self.sites.items():
             state |= {f"rms_norm.{site}": info.rms_norm, f"typical_norm.{site}": info.typical_norm}
             buffer = self._buffer.get(site, torch.empty(0, info.d_in, dtype=torch.bfloat16))
@@ -138,10 +143,14 @@ class LiveStream:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | float | str]) -> None:
-        """Go on where another stream of the same sites, share and buffer stood; the norms become that one's."""
-        if state["source"] != self._source():
-            raise CheckpointError(f"the training that is to go on read {state['source']}, this stream is "
-                                  f"{self._source()}: give the same, or start anew")
+        """Go on where another stream of the same sites, text, share and buffer stood; norms, and the generator that
+        `seed` began, become that one's. The text may have become longer at its end."""
+        other = [f"{name}: there {state[name]}, here {value}" for name, value in self._origin().items()
+                 if state.get(name, value) != value  # older checkpoints have nothing but the source
+                 and not (name == "text" and state[name] in self._texts)]
+        if other:
+            raise CheckpointError(f"the training that is to go on read something else ({'; '.join(other)}): give the "
+                                  "same, or start anew. Text may only be added behind, and not where it is shuffled")
         self.sites = {site: SiteInfo(d_in=info.d_in, rms_norm=float(state[f"rms_norm.{site}"]),
                                      typical_norm=float(state[f"typical_norm.{site}"]))
                       for site, info in self.sites.items()}
@@ -202,10 +211,13 @@ class LiveStream:
                             "windows: give a larger buffer_tokens, at best a hundred batches")
         raise DataError(
             f"the texts ended: {self._seen:,} tokens were read in {self._reader.epochs} epochs, and the "
-            f"{len(self._order):,} left do not fill a batch of {size:,}. Give more text, or read it again with epochs= "
-            "(None: without end)"
+            f"{len(self._order):,} left do not fill a batch of {size:,}. Give more text behind it (where it is not "
+            "shuffled), or read it again with epochs= (None: without end)"
         )
 
-    def _source(self) -> str:
-        return (f"{self.model_name} at {', '.join(self.sites)}, share {self._share[0]} of {self._share[1]}, "
-                f"through {self.buffer_tokens:,} tokens")
+    def _origin(self) -> dict[str, str | int]:
+        """What the rows depend on beside the state itself; the text by a digest of its first windows."""
+        return {"source": f"{self.model_name} at {', '.join(self.sites)}, share {self._share[0]} of {self._share[1]}, "
+                          f"through {self.buffer_tokens:,} tokens",
+                "text": self._texts[-1], "special_ids": json.dumps(sorted({int(i) for i in self._special_ids})),
+                "tokens_per_batch": self._tokens_per_batch}

@@ -62,7 +62,7 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
     Raises DataError if folder holds another harvest, or if windows has no ordinary token.
     """
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
-              "windows_per_shard": windows_per_shard, "text": _digest(islice(windows, windows_per_shard))}
+              "windows_per_shard": windows_per_shard, "text": text_digests(islice(windows, windows_per_shard))[-1]}
     for site in sites:
         _check_same(folder / site, stated)
     if not all((folder / site / "harvest.json").exists() for site in sites):
@@ -86,7 +86,7 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
     """
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
-              "text": _digest(islice(windows, windows_per_shard))}
+              "text": text_digests(islice(windows, windows_per_shard))[-1]}
     for info in infos:
         _check_same(folder / info.site, asdict(info) | stated)
     for info in infos:
@@ -232,9 +232,11 @@ def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
         raise DataError(f"{folder} holds another harvest; take a new folder ({'; '.join(other)})")
 
 
-def _digest(windows: Iterable[Window]) -> str:
-    """Of ids and lengths. The first shard's windows stay the same when a harvest is made longer."""
-    state = hashlib.sha256()
+def text_digests(windows: Iterable[Window]) -> list[str]:
+    """Of the first window's ids and length, of the first two windows', and so on, so that the digest of a text that
+    became longer at its end is among them."""
+    state, found = hashlib.sha256(), []
     for window in windows:
         state.update(len(window).to_bytes(4, "little") + window.tobytes())
-    return state.hexdigest()[:16]
+        found.append(state.hexdigest()[:16])
+    return found

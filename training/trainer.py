@@ -47,7 +47,7 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
     Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has not
     or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
     training: what was saved before stays. Raises DataError where activations are not finite, or the texts end early:
-    what is done is saved then, and more text or activations let it go on.
+    what is done is saved then, and more text behind it (unless it is shuffled) or more activations let it go on.
     """
     parallel = stated(parallel)
     _check(config)

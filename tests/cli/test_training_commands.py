@@ -122,6 +122,9 @@ def test_what_is_known_of_a_training_stands_in_the_metadata(trained):
 def test_the_same_command_after_the_end_trains_no_further(trained, command):
     out, _ = trained
     before, lines = weights(out / "l0_5"), (out / "metrics.jsonl").read_text()
+    record = json.loads((out / "training.json").read_text())
+    assert record.pop("dtype") == "bfloat16"
+    (out / "training.json").write_text(json.dumps(record))  # as older versions wrote it
     done(*command, "--out", out)
     assert equal(weights(out / "l0_5"), before)
     assert (out / "metrics.jsonl").read_text() == lines
@@ -193,6 +196,7 @@ def test_every_objective_can_be_trained(asked, texts, tmp_path):
 def test_a_folder_of_another_training_is_left_alone(trained, command, texts):
     out, before = trained[0], weights(trained[0] / "l0_5")
     for changed, told in ((("--text", texts[1]), "text was 'train.jsonl', is 'held-out.txt'"),
+                          (("--dtype", "float32"), "dtype was 'bfloat16', is 'float32'"),
                           (("--learning-rate", 0.1), "learning_rate was 0.001, is 0.1"),
                           (("--l0", "5,30"), "of another training")):
         result = run(*command, *changed, "--out", out)

@@ -302,7 +302,7 @@ def test_data_that_ends_early_is_an_error_and_what_was_learnt_of_it_is_saved(sha
 def test_a_text_that_ends_early_is_an_error_and_more_text_goes_on_from_there(
         tiny_gemma2_loaded: Gemma2ForCausalLM, run: Path) -> None:
     def stream(n: int) -> Stream:
-        return streams.live(tiny_gemma2_loaded, [IN], windows=list(streams.some_windows(0, n)), epochs=1)
+        return streams.live(tiny_gemma2_loaded, [IN], windows=list(streams.some_windows(0, 60))[:n], epochs=1)
 
     with pytest.raises(DataError, match=r"the texts ended: [0-9,]+ tokens were read.*Give more text"):
         trained(stream(30), run, checkpoint_every=100)

@@ -168,7 +168,7 @@ def test_a_state_holds_plain_values_and_only_the_unread_rows(model_with_a_sink_t
 
 def test_the_norms_that_a_training_began_with_stay(model_with_a_sink_token: LlamaForCausalLM) -> None:
     first = live(model_with_a_sink_token)
-    again = live(model_with_a_sink_token, WINDOWS[30:])
+    again = live(model_with_a_sink_token, norms=NORMS)
     assert again.sites != first.sites
 
     again.load_state_dict(first.state_dict())
@@ -176,12 +176,30 @@ def test_the_norms_that_a_training_began_with_stay(model_with_a_sink_token: Llam
     assert again.sites == first.sites
 
 
-@pytest.mark.parametrize("other", [{"buffer_tokens": 90}, {"share": (1, 2)}, {"sites": [SITE]}, {"model_name": "b"}])
-def test_a_state_of_another_stream_is_refused(model_with_a_sink_token: LlamaForCausalLM, other: dict[str, Any]) -> None:
-    state = live(model_with_a_sink_token).state_dict()
+@pytest.mark.parametrize(("other", "said"), [
+    ({"buffer_tokens": 90}, "source"), ({"share": (1, 2)}, "source"), ({"sites": [SITE]}, "source"),
+    ({"model_name": "b"}, "source"), ({"source": WINDOWS[1:]}, "text"), ({"source": WINDOWS[:40]}, "text"),
+    ({"source": [window[:6] for window in WINDOWS]}, "text"), ({"special_ids": [0]}, "special_ids"),
+    ({"tokens_per_batch": 64}, "tokens_per_batch")])
+def test_a_state_of_another_stream_is_refused_and_what_differs_named(
+        model_with_a_sink_token: LlamaForCausalLM, other: dict[str, Any], said: str) -> None:
+    state, stream = live(model_with_a_sink_token).state_dict(), live(model_with_a_sink_token, **other)
 
-    with pytest.raises(CheckpointError, match="give the same, or start anew"):
-        live(model_with_a_sink_token, **other).load_state_dict(state)
+    with pytest.raises(CheckpointError, match=rf"something else \({said}: there .* give the same, or start anew"):
+        stream.load_state_dict(state)
+
+
+def test_text_may_become_longer_and_an_older_state_that_tells_nothing_of_it_goes_on(
+        model_with_a_sink_token: LlamaForCausalLM) -> None:
+    state = live(model_with_a_sink_token, WINDOWS[:40]).state_dict()
+    older = {name: value for name, value in state.items()
+             if name not in ("text", "special_ids", "tokens_per_batch")}
+
+    for kept in (state, older):
+        stream = live(model_with_a_sink_token)
+        stream.load_state_dict(kept)
+
+        assert len(drain(stream, 1)[SITE]) == TOKENS
 
 
 def test_a_pass_that_fails_loses_no_text(model_with_a_sink_token: LlamaForCausalLM) -> None:
