@@ -1,5 +1,5 @@
 """Harvested activations on disk: folder/site/harvest.json and shard-NNNNN.safetensors, one bf16 tensor "x" (n, d_in)
-each. Shard N holds the same tokens at every site of the folder.
+each. Shard N holds the same tokens at every site of the folder; its metadata say of which windows, "FIRST:END".
 """
 
 from __future__ import annotations
@@ -7,13 +7,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,7 +36,8 @@ class HarvestInfo:
 
     typical_norm and rms_norm: median and root mean square of the L2 norms of ordinary tokens, in the model's units.
     window: tokens of context. The last three say what `write_shards` was given, and are empty in a harvest from before
-    they were stored: all sites of the folder, the windows of a shard, and a digest of the first shard's windows.
+    they were stored: all sites of the folder, the windows of a shard, and a digest of the first shard's windows, of
+    which there may be more by now.
     """
 
     site: str
@@ -62,7 +66,7 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
     Raises DataError if folder holds another harvest, or if windows has no ordinary token.
     """
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
-              "windows_per_shard": windows_per_shard, "text": text_digests(islice(windows, windows_per_shard))[-1]}
+              "windows_per_shard": windows_per_shard, "text": _text(folder, sites, islice(windows, windows_per_shard))}
     for site in sites:
         _check_same(folder / site, stated)
     if not all((folder / site / "harvest.json").exists() for site in sites):
@@ -78,27 +82,34 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
                  workers: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[int]:
     """Write every shard N = worker (mod workers) that is not there yet, for all sites; yield the tokens of each.
 
-    Shard N holds windows [N * windows_per_shard, ...) and is seen whole or not at all, so that a harvest that was cut
-    off goes on where it stopped. windows must be the same at each reading: a list, or `text.windows`. worker and
-    workers are those of `accelerate launch` by default. A shard that cannot be read is written anew, with a SaeWarning.
-    Raises DataError if folder holds another harvest, or if a shard cannot be written (a full disk): the shards before
-    are kept, and nothing of that one.
+    A shard holds the windows_per_shard windows after the one before, or what is left of them, and is seen whole or not
+    at all, so that a harvest that was cut off goes on where it stopped. windows must be the same at each reading: a
+    list, or `text.windows`; there may be more of them later, which go into further shards, after the last one as it is.
+    worker and workers are those of `accelerate launch` by default. A shard that cannot be read is written anew, with a
+    SaeWarning. Raises DataError if folder holds another harvest, or a last shard that is not full and does not say
+    where it ends, as older versions wrote it; or if a shard cannot be written (a full disk): the shards before are
+    kept, and nothing of that one.
     """
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
-              "text": text_digests(islice(windows, windows_per_shard))[-1]}
+              "text": _text(folder, [i.site for i in infos], islice(windows, windows_per_shard))}
     for info in infos:
         _check_same(folder / info.site, asdict(info) | stated)
     for info in infos:
         _claim(folder / info.site, HarvestInfo(**asdict(info) | stated))
     typical = {info.site: info.typical_norm for info in infos}
-    for n, mine in _groups(windows, windows_per_shard, share):
-        paths = {info.site: folder / info.site / f"shard-{n:05d}.safetensors" for info in infos}
-        if not all(_is_whole(paths[info.site], info.d_in) for info in infos):
-            found = harvest(model, typical, mine, special_ids, tokens=tokens_per_batch)
-            for site, x in found.items():  # all of them, so that their rows are surely of the same tokens
-                _save(x, paths[site])
-            yield max(map(len, found.values()))
+    places = [folder / info.site for info in infos]
+    for n, first, mine in _groups(windows, windows_per_shard, share, places):
+        paths = {info.site: _path(folder / info.site, n) for info in infos}
+        harvested = partial(harvest, model, typical, mine, special_ids, tokens=tokens_per_batch)
+        if all(_is_whole(paths[info.site], info.d_in) for info in infos):
+            if _span(places, n) is None and not _path(places[0], n + 1).exists():
+                _check_full(paths[infos[0].site], infos[0].d_in, mine, special_ids, harvested)
+            continue
+        found = harvested()
+        for site, x in found.items():  # all of them, so that their rows are surely of the same tokens
+            _save(x, paths[site], f"{first}:{first + len(mine)}")
+        yield max(map(len, found.values()))
 
 
 def read_info(folder: Path) -> HarvestInfo:
@@ -146,13 +157,57 @@ class Shards:
         return sum(map(len, self.parts))
 
 
-def _groups(windows: Iterable[Window], size: int, share: tuple[int, int]) -> Iterator[tuple[int, list[Window]]]:
-    """(n, windows of shard n) for each n of this share."""
-    opened, n = iter(windows), 0
-    while mine := list(islice(opened, size)):
+def _path(folder: Path, n: int) -> Path:
+    return folder / f"shard-{n:05d}.safetensors"
+
+
+def _groups(windows: Iterable[Window], size: int, share: tuple[int, int],
+            places: Sequence[Path]) -> Iterator[tuple[int, int, list[Window]]]:
+    """(n, number of the first window, windows of shard n) for each n of this share. Each has `size` windows, where the
+    shards that are there say nothing else. places: the sites' folders."""
+    opened, n, first = iter(windows), 0, 0
+    while mine := list(islice(opened, (end := _end(places, n, first, size)) - first)):
         if n % share[1] == share[0]:
-            yield n, mine
-        n += 1
+            yield n, first, mine
+        n, first = n + 1, end
+
+
+def _end(places: Sequence[Path], n: int, first: int, size: int) -> int:
+    """The number of the first window after shard n, which begins with window `first`."""
+    here, following = _span(places, n), _span(places, n + 1)
+    end = here[1] if here else following[0] if following else first + size
+    if end <= first or (here and here[0] != first):
+        raise DataError(f"{places[0]}: the shards do not follow each other: expected shard {n} to begin with window "
+                        f"{first}, and they say {here or following}; harvest into a new folder")
+    return end
+
+
+def _span(places: Sequence[Path], n: int) -> tuple[int, int] | None:
+    """(first, end) of the windows of shard n, as one of the sites' says; None if none does: missing, broken, or old."""
+    for place in places:
+        try:
+            with safe_open(_path(place, n), framework="pt") as file:
+                said = re.fullmatch(r"(\d+):(\d+)", (file.metadata() or {}).get("windows", ""))
+        except (OSError, SafetensorError):
+            continue
+        if said:
+            return int(said[1]), int(said[2])
+    return None
+
+
+def _check_full(path: Path, d_in: int, windows: Sequence[Window], special_ids: Sequence[int],
+                harvested: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Raise DataError if a shard that does not say where it ends lacks the last of its windows. They are harvested to
+    tell, if it has no more rows than there are tokens in the others."""
+    rows, special = len(read_shard(path, d_in)), list(special_ids)
+    if rows > sum(int((~np.isin(window, special)).sum()) for window in windows[:-1]):
+        return
+    expected = max(map(len, harvested().values()))
+    if rows < expected - len(windows[-1]) / 2:  # another device may find a sink more or less
+        raise DataError(
+            f"{path} has {rows:,} of the {expected:,} tokens of its {len(windows):,} windows: a shorter harvest ended "
+            "there, before shards said where they end. Harvest into a new folder; or remove this shard at every site, "
+            "to have it written anew, if no training is to go on that has read it")
 
 
 def _is_whole(path: Path, d_in: int) -> bool:
@@ -166,11 +221,12 @@ def _is_whole(path: Path, d_in: int) -> bool:
     return True
 
 
-def _save(x: Tensor, path: Path) -> None:
+def _save(x: Tensor, path: Path, windows: str) -> None:
     for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
         left.unlink(missing_ok=True)
     try:
-        _write_whole(path, lambda scratch: save_file({"x": x.contiguous()}, scratch), os.replace)
+        content, said = {"x": x.contiguous()}, {"windows": windows}
+        _write_whole(path, lambda scratch: save_file(content, scratch, said), os.replace)
     except (OSError, SafetensorError) as error:
         kept = len(list(path.parent.glob("shard-*.safetensors")))
         raise DataError(
@@ -230,6 +286,13 @@ def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
              if here != there[name] and UNSTATED.get(name) not in (here, there[name])]
     if other:
         raise DataError(f"{folder} holds another harvest; take a new folder ({'; '.join(other)})")
+
+
+def _text(folder: Path, sites: Sequence[str], windows: Iterable[Window]) -> str:
+    """The digest of the text that folder has, if these first windows begin with those it is of; else that of these."""
+    digests = text_digests(windows)
+    there = {read_info(folder / site).text for site in sites if (folder / site / "harvest.json").exists()}
+    return next((digest for digest in digests if digest in there), (digests or [""])[-1])
 
 
 def text_digests(windows: Iterable[Window]) -> list[str]:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from sae_hooks.errors import DataError, SaeWarning
+from sae_hooks.training.harvest import harvest
 from sae_hooks.training.shards import HarvestInfo, Shards, harvest_infos, read_info, write_shards
+from sae_hooks.training.stream import CachedStream
 from sae_hooks.training.text import Window, Windows
 
 from .conftest import BOS, SINK
@@ -28,6 +30,7 @@ NORMED = "model.layers.1.post_attention_layernorm.normalized"  # has no sinks
 SPECIAL = [0, BOS]
 WINDOWS = [np.array(ids, dtype=np.int32)
            for ids in ([BOS, 9, SINK, 10, 11], [12, 13], [14, 15, 16, BOS], [17, 18, 19])]
+MANY = [np.array([BOS, i, i + 1], dtype=np.int32) for i in range(10, 20)]  # of two ordinary tokens
 RESULT = {0: 3, 1: 2, 2: 3, 3: 3}  # ordinary tokens of each shard of one window
 
 
@@ -141,6 +144,76 @@ def test_a_longer_harvest_of_the_same_text_adds_shards(
         model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
     assert write(model_with_a_sink_token, tmp_path, windows=WINDOWS[:2]) == [3, 2]
     assert write(model_with_a_sink_token, tmp_path) == [3, 3]
+
+
+def test_a_longer_harvest_begins_where_the_last_shard_ended_and_leaves_it_as_it_is(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    args, sites = (model_with_a_sink_token, tmp_path), (SITE, NORMED)
+    assert write(*args, sites, MANY[:5], windows_per_shard=3) == [6, 4]
+    stream = CachedStream(tmp_path, epochs=2)
+    stream.next(7)
+    short = (tmp_path / SITE / "shard-00001.safetensors").read_bytes()
+
+    assert write(*args, sites, MANY, windows_per_shard=3, worker=1, workers=2) == [4]
+    (tmp_path / SITE / "shard-00001.safetensors").unlink()
+    assert write(*args, sites, MANY, windows_per_shard=3) == [4, 6]
+
+    assert (tmp_path / SITE / "shard-00001.safetensors").read_bytes() == short
+    found = torch.cat([*Shards(tmp_path / SITE).parts])
+    assert torch.equal(found, harvest(model_with_a_sink_token, {SITE: 4.0}, MANY, SPECIAL)[SITE])
+    assert write(*args, sites, MANY[:4], windows_per_shard=3) == []
+    longer = CachedStream(tmp_path, epochs=2)
+    longer.load_state_dict(stream.state_dict())
+    assert len(longer.next(3 + 10 + 20)[SITE]) == 33
+
+
+def test_a_harvest_of_less_than_a_shard_can_be_made_longer(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    for n, tokens in ((2, 5), (4, 6)):
+        infos = claimed(model_with_a_sink_token, tmp_path, windows=WINDOWS[:n], windows_per_shard=9)
+        assert list(write_shards(model_with_a_sink_token, tmp_path, infos, WINDOWS[:n], SPECIAL,
+                                 windows_per_shard=9)) == [tokens]
+
+
+def forget_windows(folder: Path) -> None:
+    """Leave a folder's shards as they were before they told their windows."""
+    for path in folder.rglob("*.safetensors"):
+        save_file(load_file(path), path)
+
+
+def test_a_full_last_shard_that_does_not_tell_its_windows_is_gone_on_behind_and_another_named(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    args = (model_with_a_sink_token, tmp_path)
+    write(*args, windows=MANY[:6], windows_per_shard=3)
+    forget_windows(tmp_path)
+    assert write(*args, windows=MANY[:8], windows_per_shard=3) == [4]
+    forget_windows(tmp_path)
+    assert write(*args, windows=MANY[:8], windows_per_shard=3) == []
+
+    with pytest.raises(DataError, match=r"shard-00002.safetensors has 4 of the 6 tokens of its 3 windows: a shorter"):
+        write(*args, windows=MANY, windows_per_shard=3)
+
+    (tmp_path / SITE / "shard-00002.safetensors").unlink()
+    assert write(*args, windows=MANY, windows_per_shard=3) == [6, 2]
+
+
+def test_a_full_last_shard_with_many_sinks_is_told_from_one_that_is_not(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    sinks = [np.array([SINK, SINK, 9, 10], dtype=np.int32)] * 4
+    write(model_with_a_sink_token, tmp_path, windows=sinks[:2], windows_per_shard=2)
+    forget_windows(tmp_path)
+
+    assert write(model_with_a_sink_token, tmp_path, windows=sinks, windows_per_shard=2) == [4]
+
+
+def test_shards_that_do_not_follow_each_other_are_named(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    write(model_with_a_sink_token, tmp_path, windows=MANY, windows_per_shard=3)
+    path = tmp_path / SITE / "shard-00001.safetensors"
+    save_file(load_file(path), path, {"windows": "4:6"})
+
+    with pytest.raises(DataError, match=r"expected shard 1 to begin with window 3, and they say \(4, 6\)"):
+        write(model_with_a_sink_token, tmp_path, windows=MANY, windows_per_shard=3)
 
 
 # --- several sites --------------------------------------------------------------------------------
