@@ -142,8 +142,11 @@ def _usage(saes: Sequence[Described], source: str) -> str:
     for sae in saes:
         of_site.setdefault(sae.entry.site, []).append(sae)
     several = any(len(group) > 1 for group in of_site.values())
-    choice = f", l0={saes[0].entry.l0:.0f}" if several and saes[0].entry.l0 is not None else ""
+    known = all(sae.entry.l0 is not None for group in of_site.values() if len(group) > 1 for sae in group)
+    choice = f", l0={saes[0].entry.l0:.0f}" if several and known else ""
     site = f', site="{saes[0].entry.site}"' if len(of_site) > 1 and saes[0].entry.site else ""
+    if not known:  # then a folder alone tells one
+        source, site = f"{source}/{saes[0].path}".rstrip("/"), ""
     lines = ["## Usage", "", "```python", "from sae_hooks import attach_saes",
              "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
              f"name = {json.dumps(str(models[0]) if models else 'the model')}",
@@ -154,7 +157,8 @@ def _usage(saes: Sequence[Described], source: str) -> str:
              "    model(**inputs)", "with model.saes.clamp({0: 10.0}):  # feature 0, held at 10",
              "    out = model.generate(**inputs, max_new_tokens=20)", "```"]
     if several:
-        lines += ["", "Several SAEs are of the same site: `l0=` takes the one whose L0 is nearest."]
+        lines += ["", "Several SAEs are of the same site: `l0=` takes the one whose L0 is nearest." if known else
+                  "Several SAEs are of the same site, and their L0 is not known: name the folder of one, as above."]
     return "\n".join([*lines, "", "`pip install sae-hooks`; the folders are in the format of SAELens 6, too."])
 
 

@@ -58,8 +58,9 @@ def _card(folder: Path, repo_id: str, licence: str | None) -> str:
     if not (folder / CARD).exists():
         return make_card(folder, source=repo_id, licence=licence)
     text = (folder / CARD).read_text(encoding="utf-8")
-    here = f"attach_saes(model, {json.dumps(folder.resolve().name)}"
-    text = text.replace(here, f"attach_saes(model, {json.dumps(repo_id)}")
+    here, there = (f"attach_saes(model, {json.dumps(name)[:-1]}" for name in (folder.resolve().name, repo_id))
+    for end in ('"', "/"):  # of the folder, or of one inside it
+        text = text.replace(here + end, there + end)
     if licence is not None:
         text = re.sub(r"\A(---\n(?:(?!---).*\n)*?)license: .*\n", rf"\1license: {json.dumps(licence)}\n", text)
     return text

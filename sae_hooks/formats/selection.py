@@ -17,12 +17,14 @@ MULTI_LAYER = ("crosscoder", "clt")
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What was asked for. `site`: a kind ("resid_post") or a module path with its side; `layers`: None for all."""
+    """What was asked for. `site`: a kind ("resid_post") or a module path with its side; `layers`: None for all.
+    `l0_given`: whether l0 is a number that the caller gave."""
 
     layers: tuple[int, ...] | None
     site: str | None
     width: int | None
     l0: float
+    l0_given: bool = False
 
     @property
     def path(self) -> str | None:
@@ -47,7 +49,7 @@ def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str
     except ValueError as error:
         raise SaeNotFoundError(f"width is a number or a label such as '16k', l0 a number or 'canonical'; got "
                                f"width={width!r}, l0={l0!r}") from error
-    return Wanted(layers=layers, site=site, width=features, l0=target)
+    return Wanted(layers=layers, site=site, width=features, l0=target, l0_given=l0 not in (None, "canonical"))
 
 
 def may_match(entry: Entry, want: Wanted) -> bool:
@@ -90,7 +92,8 @@ def _only_layer(want: Wanted) -> int | None:
 def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry]) -> list[Entry]:
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
-    Raises SaeNotFoundError listing what is `offered`, SaeFormatError where the site of what is left cannot be told.
+    Raises SaeNotFoundError listing what is `offered`, or where an L0 was given and of several SAEs none is known,
+    SaeFormatError where the site of what is left cannot be told.
     """
     fitting = [entry for entry in found if matches(entry, want)]
     if not fitting:
@@ -109,6 +112,11 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
         best.setdefault((entry.site, entry.site_out), entry)
+    for one in (entry for entry in best.values() if want.l0_given and entry.l0 is None):
+        alike = [e.weights for e in fitting if (e.site, e.site_out, e.width) == (one.site, one.site_out, one.width)]
+        if len(alike) > 1:
+            raise SaeNotFoundError(f"{where}: l0={want.l0:g} chooses none of several SAEs of {one.site}, for no L0 of "
+                                   f"them is known; name the folder of one: {', '.join(alike)}")
     return sorted(best.values(), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
 
 

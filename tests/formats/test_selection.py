@@ -33,6 +33,16 @@ def test_a_number_for_l0_takes_the_nearest(asked, given):
     assert [e.l0 for e in pick([offer(l0=float(n)) for n in (445, 22, 176, 41, 82)], l0=asked)] == [given]
 
 
+def test_a_number_for_l0_needs_one_that_is_known_where_a_site_has_several():
+    found = [offer(l0=None, weights=name) for name in ("b", "a")]
+    with pytest.raises(SaeNotFoundError, match=r"l0=20 chooses none of several SAEs .* the folder of one: b, a"):
+        pick(found, l0=20)
+    assert [e.weights for e in pick(found)] == [e.weights for e in pick(found, l0="canonical")] == ["a"]
+    assert [e.weights for e in pick(found[:1], l0=20)] == ["b"]
+    assert [e.weights for e in pick([*found, offer(l0=300.0)], l0=20)] == ["20/16384/300.0"]
+    assert [e.width for e in pick([*found, offer(l0=None, width=8)], l0=20)] == [8]
+
+
 def test_without_a_width_each_site_has_its_smallest():
     found = [offer(1, width=65536), offer(1, width=16384), offer(2, width=65536)]
     assert [(e.layer, e.width) for e in pick(found)] == [(1, 16384), (2, 65536)]

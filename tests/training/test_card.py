@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sae_hooks import attach_saes
 from sae_hooks.errors import SaeFormatError, SaeNotFoundError
 from sae_hooks.hub import save_pretrained
 from sae_hooks.training.card import is_hub_id, make_card, write_card
 from sae_hooks.training.harvest import padded_batches
 from sae_hooks.training.metrics import evaluate
+from sae_hooks.training.publish import _card as published
 from sae_hooks.training.report import make_report, write_report
 from sae_hooks.training.text import context_windows
 
@@ -100,6 +102,18 @@ def test_a_folder_of_several_has_a_row_each(tmp_path, random_sae):
     assert "| `l0_10` | `model.layers.2.output` | 8 | 16 | jumprelu |" in card
     assert "| objective.l0 | 10, 30 |" in card
     assert 'attach_saes(model, "sweep", l0=10)' in card
+
+
+def test_several_of_a_site_whose_l0_is_not_known_are_named_by_their_folders(tmp_path, random_sae, tiny_gemma2):
+    for seed in range(2):
+        random_sae(192, 16, SITE, seed=seed).save_pretrained(tmp_path / "sweep" / f"l0_{seed}")
+    card = write_card(tmp_path / "sweep").read_text()
+    assert 'attach_saes(model, "sweep/l0_0")' in card
+    assert "`l0=` takes" not in card
+    assert 'attach_saes(model, "me/x/l0_0")' in published(tmp_path / "sweep", "me/x", None)
+    with pytest.raises(SaeNotFoundError, match=r"l0_0/sae_weights.safetensors, l0_1/sae_weights.safetensors"):
+        attach_saes(tiny_gemma2, tmp_path / "sweep", l0=1)
+    attach_saes(tiny_gemma2, tmp_path / "sweep" / "l0_1")
 
 
 def test_several_sites_are_chosen_by_site(tmp_path, random_sae):
