@@ -19,7 +19,7 @@ from sae_hooks.sae import SAE
 
 from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
-from .objectives.base import like
+from .objectives.base import expect, like
 from .parallel import ALONE, REPLICATED, USUAL, Parallel, feature_first
 from .row_adam import RowAdam, suits
 
@@ -39,6 +39,7 @@ class Trainee:
     matrices in bfloat16 (autocast), for devices that are quicker so; weights, thresholds and comparisons stay float32.
     clip: a tensor's gradient that is longer than so many times its usual length is shortened to that (the paper:
     never). One token of nine times the usual norm made W_enc's eighty times as long; Adam's next steps ruined the SAE.
+    Raises TrainingError for numbers that cannot be.
     """
 
     name: str
@@ -57,12 +58,17 @@ class Trainee:
     clip: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        expect(self, above_0=("d_sae", "clip"), from_0=("learning_rate", "adam_eps", "dead_after"))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainingError(f"{self.name}: expected two betas of 0 or more and below 1, got {self.betas}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long and in what steps. batch_size: tokens a step. warmup: steps in which the learning rate rises from a
     tenth, along a cosine; decay: share of the steps, at the end, in which it falls linearly to 0. report_every,
-    checkpoint_every: steps."""
+    checkpoint_every: steps. Raises TrainingError for numbers that cannot be."""
 
     steps: int
     batch_size: int = 4096
@@ -70,6 +76,14 @@ class TrainConfig:
     decay: float = 0.0
     report_every: int = 100
     checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "report_every", "checkpoint_every"):
+            if (value := getattr(self, name)) < 1:
+                raise TrainingError(f"TrainConfig: expected {name} of 1 or more, got {value}")
+        expect(self, from_0=("warmup",))
+        if not 0 <= self.decay <= 1:
+            raise TrainingError(f"TrainConfig: expected decay from 0 to 1, got {self.decay}")
 
 
 def fresh_sae(d_in: int, d_sae: int, d_out: int, gate: Mapping[str, Any], *, tied: bool, skip: bool, seed: int) -> SAE:

@@ -62,7 +62,8 @@ def _card(folder: Path, repo_id: str, licence: str | None) -> str:
     for end in ('"', "/"):  # of the folder, or of one inside it
         text = text.replace(here + end, there + end)
     if licence is not None:
-        text = re.sub(r"\A(---\n(?:(?!---).*\n)*?)license: .*\n", rf"\1license: {json.dumps(licence)}\n", text)
+        text = re.sub(r"\A(---\n(?:(?!---).*\n)*?)license: .*\n",
+                      lambda found: f"{found[1]}license: {json.dumps(licence)}\n", text)
     return text
 
 

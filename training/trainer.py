@@ -50,7 +50,6 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
     what is done is saved then, and more text behind it (unless it is shuffled) or more activations let it go on.
     """
     parallel = stated(parallel)
-    _check(config)
     learners = _learners(stream, trainees, device, parallel)
     place = None if folder is None else Path(folder)
     start = _resume(place, config, stream, learners, parallel)
@@ -77,12 +76,6 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
                 raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}; saved in {place}: the same "
                                         f"command goes on from there")
     return {name: _described(learner, stream, config) for name, learner in learners.items()}
-
-
-def _check(config: TrainConfig) -> None:
-    for name in ("steps", "batch_size", "report_every", "checkpoint_every"):
-        if (value := getattr(config, name)) < 1:
-            raise TrainingError(f"TrainConfig: expected {name} of 1 or more, got {value}")
 
 
 def _learners(stream: Stream, trainees: Sequence[Trainee], device: torch.device | str,

@@ -156,6 +156,12 @@ def test_the_card_is_written_into_the_folder(trained):
     assert 'attach_saes(model, "me/mine")' in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("licence", ["Lizenz für alle", r"a\1b\q", "cc-by-4.0"])
+def test_a_licence_given_when_it_is_pushed_stands_in_the_header(licence, trained):
+    write_card(trained[0], licence="mit")
+    assert header(published(trained[0], "me/mine", licence))["license"] == licence
+
+
 def test_a_folder_without_saes_or_with_a_broken_report_is_refused(trained):
     with pytest.raises(SaeNotFoundError, match="no SAE here"):
         make_card(MODELS / "tiny-gemma2")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sae_hooks.errors import TrainingError
+from sae_hooks.training import TanhJumpReLU, TopK, TrainConfig, Trainee
 from sae_hooks.training.objectives import OBJECTIVES, BatchTopK, Gated, JumpReLU
 from sae_hooks.training.recipes import changed, paper, quick, variants
 
@@ -124,3 +125,28 @@ def test_every_number_can_be_set_by_its_name(name, text, value):
 def test_a_setting_that_cannot_be_is_explained(name, text, told):
     with pytest.raises(TrainingError, match=told):
         changed(quick, {name: text})
+
+
+@pytest.mark.parametrize(("made", "told"), [
+    (lambda: JumpReLU(sparsity=-1), "JumpReLU: expected sparsity of 0 or more, got -1"),
+    (lambda: JumpReLU(bandwidth=0.0), "expected bandwidth above 0, got 0.0"),
+    (lambda: JumpReLU(l0=float("nan")), "expected l0 above 0, got nan"),
+    (lambda: JumpReLU(prefixes=(8, 4)), "prefixes must ascend"),
+    (lambda: replace(quick.objective, threshold=-0.1), "expected threshold of 0 or more"),
+    (lambda: Gated(sparsity=-0.1), "Gated: expected sparsity of 0 or more"),
+    (lambda: Gated(warmup=-1), "expected warmup of 0 or more"),
+    (lambda: TanhJumpReLU(scale=0), "expected scale above 0"),
+    (lambda: TopK(k=-1), "TopK: expected k above 0, got -1"),
+    (lambda: BatchTopK(k=0), "BatchTopK: expected k above 0, got 0"),
+    (lambda: BatchTopK(k=1, aux_k=-1), "expected aux_k of 0 or more"),
+    (lambda: BatchTopK(k=1, forget=0), "expected forget above 0"),
+    (lambda: Trainee(name="a", site="b", d_sae=0), "Trainee: expected d_sae above 0, got 0"),
+    (lambda: Trainee(name="a", site="b", d_sae=1, learning_rate=-1), "expected learning_rate of 0 or more"),
+    (lambda: Trainee(name="a", site="b", d_sae=1, betas=(0.0, 1.0)), r"two betas .* got \(0.0, 1.0\)"),
+    (lambda: TrainConfig(steps=1, decay=1.1), "expected decay from 0 to 1, got 1.1"),
+    (lambda: TrainConfig(steps=1, decay=-0.1), "expected decay from 0 to 1"),
+    (lambda: TrainConfig(steps=1, warmup=-1), "TrainConfig: expected warmup of 0 or more, got -1"),
+])
+def test_numbers_that_cannot_be_are_refused_by_name(made, told):
+    with pytest.raises(TrainingError, match=told):
+        made()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
 
 from ..codes import Code, Encoder, Factors, Form
@@ -27,6 +28,15 @@ def alone(value: Tensor) -> Tensor:
 def in_one_row(value: Tensor) -> Tensor:
     """What tensors of processes, one beside the other, are where there is one."""
     return value[None]
+
+
+def expect(numbers: object, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
+    """Raise TrainingError where one of these attributes, unless it is None, is not above 0, or not 0 or more."""
+    for name in (*above_0, *from_0):
+        value = getattr(numbers, name)
+        if value is not None and not (value > 0 or (value == 0 and name in from_0)):
+            least = "of 0 or more" if name in from_0 else "above 0"
+            raise TrainingError(f"{type(numbers).__name__}: expected {name} {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +85,8 @@ class Objective:
 
     sparsity: coefficient of the penalty, in units of squared error at mean squared norm 1. warmup: steps over which it
     rises linearly from 0 (Gemma Scope 1, 3.2: 10,000). pre_bias: the encoder sees x - b_dec, as Gemma Scope's did in
-    training; folded into b_enc at the end. SAEs only: a transcoder's b_dec is of another site.
+    training; folded into b_enc at the end. SAEs only: a transcoder's b_dec is of another site. Raises TrainingError for
+    numbers that cannot be.
     """
 
     sparsity: float = 0.0
@@ -85,6 +96,9 @@ class Objective:
     trained: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")  # of the SAE's own tensors
     unit_decoder: ClassVar[bool] = True  # rows are held at norm 1, their gradients projected
     shardable: ClassVar[bool] = True  # whether features may be split over processes
+
+    def __post_init__(self) -> None:
+        expect(self, from_0=("sparsity", "warmup"))
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""

@@ -8,12 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
 
 from ..codes import CHUNK, Code, encode
 from ..schedules import linear_warmup
 from ..ste import Kernel, jump_and_step, support
-from .base import Batch, Extra, Loss, Objective, firings, nested_error
+from .base import Batch, Extra, Loss, Objective, expect, firings, nested_error
 
 START_L0 = 64.0
 START = 2.0
@@ -48,10 +49,10 @@ class JumpReLU(Objective):
     trained: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
     def __post_init__(self) -> None:
-        if self.bandwidth <= 0 or self.sparsity < 0 or (self.l0 is not None and self.l0 <= 0):
-            raise ValueError(f"bandwidth and l0 must be positive, sparsity not negative: {self}")
+        super().__post_init__()
+        expect(self, above_0=("bandwidth", "l0"), from_0=("threshold",))
         if list(self.prefixes) != sorted({m for m in self.prefixes if m >= 0}):
-            raise ValueError(f"prefixes must ascend from 0 or more, got {self.prefixes}")
+            raise TrainingError(f"prefixes must ascend from 0 or more, got {self.prefixes}")
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """A threshold a feature."""

@@ -12,7 +12,7 @@ from sae_hooks.sae import SAE
 
 from ..codes import Code, encode
 from ..ste import Kernel, jump_and_step, support
-from .base import Batch, Extra, Loss, Objective, firings, reconstruct, squared_error
+from .base import Batch, Extra, Loss, Objective, expect, firings, reconstruct, squared_error
 from .jumprelu import threshold_of
 
 
@@ -35,6 +35,10 @@ class TanhJumpReLU(Objective):
 
     trained: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     unit_decoder: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, above_0=("scale", "bandwidth"), from_0=("pre_act", "threshold"))
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """A threshold a feature."""

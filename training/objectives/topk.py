@@ -17,7 +17,7 @@ from sae_hooks.kernels import Triplets, keep_largest, largest
 from sae_hooks.sae import SAE
 
 from ..codes import SparseCode, encode_chosen
-from .base import Batch, Extra, Loss, Objective, firings, like, reconstruct, spread, squared_error
+from .base import Batch, Extra, Loss, Objective, expect, firings, like, reconstruct, spread, squared_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class TopK(Objective):
     dead_after: int = 10_000_000
 
     shardable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, above_0=("k",), from_0=("aux", "aux_k", "dead_after"))
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """The k largest."""
@@ -80,6 +84,10 @@ class BatchTopK(TopK):
     """
 
     forget: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, above_0=("forget",))
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """No threshold in training."""
