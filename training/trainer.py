@@ -46,8 +46,9 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
 
     Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has not
     or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
-    training: what was saved before stays. Raises DataError where activations are not finite, or the texts end early:
-    what is done is saved then, and more text behind it (unless it is shuffled) or more activations let it go on.
+    training: what was saved before stays. Raises DataError where the texts end early, or the model gives activations
+    that are not finite: what is done is saved then, and more text behind it (unless it is shuffled) or more activations
+    let it go on. Where shards hold what is not finite, DataError comes after what was saved before.
     """
     parallel = stated(parallel)
     learners = _learners(stream, trainees, device, parallel)
