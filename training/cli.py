@@ -28,7 +28,7 @@ from .card import REPORT, write_card
 from .job import Job, facts_of, places
 from .objectives import OBJECTIVES
 from .parallel import parallel
-from .plan import describe, model_cost, plan
+from .plan import aimed_at, describe, model_cost, plan, possible
 from .publish import PLOTS, push_folder
 from .recipes import RECIPES, Recipe, changed, variants
 from .report import EvaluationReport, write_report
@@ -107,7 +107,7 @@ def train(
     first.config()
     sites = site or ["resid_post"]
     if only_plan:
-        _print_plan(model, layer or [], sites, recipes, context, cached=cache is not None)
+        _print_plan(model, layer or [], sites, recipes, context, cache_tokens or first.tokens if cache else None)
         return
     if text is None or out is None:
         raise typer.BadParameter("--text and --out are needed, but for --plan")
@@ -260,12 +260,14 @@ def _tf32() -> Iterator[None]:
 
 
 def _print_plan(name: str, layers: Sequence[int], sites: Sequence[str], recipes: Mapping[str, Recipe],
-                context: int | None, cached: bool) -> None:
-    """Of the model, no weights are read."""
+                context: int | None, cache_tokens: int | None) -> None:
+    """On those numbers of GPUs of PLANNED that could train it. Of the model, no weights are read."""
     model, recipe = _empty_model(name), next(iter(recipes.values()))
     found = [place for place in places(model, layers, sites) for _ in recipes]
     cost = model_cost(model, found, context_length(model, context or recipe.context))
-    typer.echo(describe([plan(recipe, cost, gpus=n, shards=shards, cached=cached) for n, shards in PLANNED]))
+    l0s = [aimed_at(one) for _ in found[::len(recipes)] for one in recipes.values()]
+    typer.echo(describe([plan(recipe, cost, l0s=l0s, gpus=n, shards=shards, cache_tokens=cache_tokens)
+                         for n, shards in PLANNED if possible(recipe, n, shards)]))
 
 
 def _empty_model(name: str) -> Any:

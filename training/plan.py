@@ -114,14 +114,15 @@ def working_bytes(d_model: int, d_mlp: int, heads: int, context: int) -> float:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `plan` found. Memory in bytes of one GPU, by what it is for, disk in bytes in all, host in bytes of the
-    memory of the host or hosts; times of all tokens in hours, of one step of all SAEs in milliseconds."""
+    memory of the host or hosts; times of all tokens in hours, of one step of all SAEs in milliseconds. l0s: of each of
+    cost.places, the L0 that was reckoned with."""
 
     machine: Machine
     gpus: int
     shards: int
     recipe: Recipe
     cost: ModelCost
-    l0: float
+    l0s: tuple[float, ...]
     model_hours: float
     sae_hours: float
     step_ms: float
@@ -141,26 +142,41 @@ class Plan:
         return sum(self.memory.values()) <= self.machine.memory
 
 
-def plan(recipe: Recipe, cost: ModelCost, *, gpus: int = 1, shards: int = 1, machine: Machine = H100,
-         cached: bool = False) -> Plan:
+def aimed_at(recipe: Recipe) -> float:
+    """The features active on a token that a recipe names, or else UNKNOWN_L0."""
+    return float(getattr(recipe.objective, "l0", None) or getattr(recipe.objective, "k", None) or UNKNOWN_L0)
+
+
+def possible(recipe: Recipe, gpus: int, shards: int) -> bool:
+    """Whether so many processes can train by a recipe: rows and features come out even, and may be split at all."""
+    splits = shards == 1 or (recipe.objective.shardable and recipe.d_sae % shards == 0)
+    return gpus % shards == 0 and recipe.batch_size % gpus == 0 and splits
+
+
+def plan(recipe: Recipe, cost: ModelCost, *, l0s: Sequence[float] | None = None, gpus: int = 1, shards: int = 1,
+         machine: Machine = H100, cache_tokens: int | None = None) -> Plan:
     """What it takes to train an SAE of recipe at each of cost.places, on one stream, with a process a GPU.
 
-    `shards` of the processes share the features, and gpus / shards groups of them the batches. Each holds the whole
-    language model and runs it on 1 / gpus of the tokens; the processes of a group exchange the rows (parallel.part).
-    Raises TrainingError if shards does not divide gpus.
+    l0s: of each of cost.places, where it is not the recipe's. `shards` of the processes share the features, and gpus /
+    shards groups of them the batches. Each holds the whole language model and runs it on 1 / gpus of the tokens; the
+    processes of a group exchange the rows (parallel.part). cache_tokens: how many are harvested to disk first, and read
+    again if the training is longer; None: a live stream. Raises TrainingError where it is not `possible`.
     """
-    if gpus < 1 or shards < 1 or gpus % shards:
-        raise TrainingError(f"{shards} processes cannot share the features if there are {gpus}: give a divisor")
-    l0 = float(getattr(recipe.objective, "l0", None) or getattr(recipe.objective, "k", None) or UNKNOWN_L0)
+    if gpus < 1 or shards < 1 or not possible(recipe, gpus, shards):
+        raise TrainingError(f"{gpus} processes, of which {shards} share the features, cannot train batches of "
+                            f"{recipe.batch_size:,} and {recipe.d_sae:,} features by {type(recipe.objective).__name__}")
+    l0s = tuple(l0s or [aimed_at(recipe)] * len(cost.places))
     groups = gpus // shards
-    steps = [step_seconds(recipe, place, l0, machine, groups, shards) for place in cost.places]
-    harvest = recipe.tokens * cost.flops / (machine.bf16_flops * machine.model_share) / gpus
+    steps = [step_seconds(recipe, place, l0, machine, groups, shards)
+             for place, l0 in zip(cost.places, l0s, strict=True)]
+    harvested = recipe.tokens if cache_tokens is None else cache_tokens
+    harvest = harvested * cost.flops / (machine.bf16_flops * machine.model_share) / gpus
     return Plan(
-        machine=machine, gpus=gpus, shards=shards, recipe=recipe, cost=cost, l0=l0, model_hours=harvest / 3600,
+        machine=machine, gpus=gpus, shards=shards, recipe=recipe, cost=cost, l0s=l0s, model_hours=harvest / 3600,
         sae_hours=recipe.steps * sum(sparse for sparse, _ in steps) / 3600,
         step_ms=1e3 * sum(sparse for sparse, _ in steps), dense_step_ms=1e3 * sum(dense for _, dense in steps),
-        memory=memory(recipe, cost, l0, groups, shards), disk=disk(recipe, cost, cached),
-        host=0.0 if cached else _rows(recipe.buffer_tokens, cost))
+        memory=memory(recipe, cost, max(l0s), groups, shards), disk=disk(recipe, cost, cache_tokens),
+        host=0.0 if cache_tokens is not None else _rows(recipe.buffer_tokens, cost))
 
 
 def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Machine = H100, groups: int = 1,
@@ -225,13 +241,13 @@ def activation_bytes(recipe: Recipe, l0: float, groups: int = 1, shards: int = 1
     return DENSE_TENSORS * FLOAT * rows * features, PAIR_BYTES * pairs + 3 * FLOAT * min(rows, GPU_CHUNK) * features
 
 
-def disk(recipe: Recipe, cost: ModelCost, cached: bool) -> dict[str, float]:
+def disk(recipe: Recipe, cost: ModelCost, cache_tokens: int | None = None) -> dict[str, float]:
     """Bytes: CHECKPOINTS of weights and moments, 12 bytes a weight at most, with the unread rows of a live stream's
-    buffer; the SAEs that come out; the activations in bf16 if they are cached."""
+    buffer; the SAEs that come out; cache_tokens activations in bf16."""
     weights = sum(recipe.d_sae * (a + b + 2) + b for a, b in cost.places)
-    buffer = 0.0 if cached else _rows(recipe.buffer_tokens, cost)
+    buffer = 0.0 if cache_tokens is not None else _rows(recipe.buffer_tokens, cost)
     found = {"checkpoints, at most": CHECKPOINTS * (3.0 * FLOAT * weights + buffer), "finished SAEs": FLOAT * weights}
-    return {**found, "cached activations": _rows(recipe.tokens, cost)} if cached else found
+    return found if cache_tokens is None else {**found, "cached activations": _rows(cache_tokens, cost)}
 
 
 def describe(plans: Sequence[Plan]) -> str:
@@ -263,13 +279,14 @@ def _headline(p: Plan) -> str:
 
 def _assumptions(p: Plan) -> str:
     m, cost = p.machine, p.cost
+    l0s = ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0s))
     kind, peak = ("bf16", m.bf16_flops) if p.recipe.bf16 else ("TF32", m.tf32_flops)
     return textwrap.fill(
         f"Arithmetic, not a measurement. Assumed: the language model ({cost.parameters / 1e9:.2f} G parameters in "
         f"bf16, {cost.flops / 1e9:.2f} GFLOP a token) at {m.model_share:.0%} of {m.bf16_flops / 1e12:.0f} TFLOP/s; "
         f"the SAE's products in {kind} at {m.sae_share:.0%} of {peak / 1e12:.0f}; memory at "
         f"{m.bandwidth_share:.0%} of {m.bandwidth / 1e12:.2f} TB/s; all-reduce at {m.link / 1e9:.0f} GB/s; L0 "
-        f"{p.l0:g}, and {HELD:g} pairs held for each that is active; every step in the sparse form. Steps are dense "
+        f"{l0s}, and {HELD:g} pairs held for each that is active; every step in the sparse form. Steps are dense "
         f"while more than {dense_from('cuda', p.recipe.bf16):.1%} of the pairs are held, as at the start of a training "
         f"from low thresholds. On several GPUs --shards of them share the features and exchange their rows; the "
         f"language model is whole on each.", 100)

@@ -262,9 +262,13 @@ def test_plan_reads_the_config_alone_and_trains_nothing(tmp_path):
     assert "1 x 131,072 features for 3,584 values; 8,000,000,000 tokens" in shown
     assert "9.24 G parameters in bf16, 8.68 GFLOP a token" in told
     assert re.search(r"language model, to the deepest site +48.7( +6.1){3}\n", shown)
-    more = done("train", tmp_path / "9b", "--recipe", "paper", "--layer", 20, "--l0", "30,60", "--cache", "x", "--plan")
-    assert "2 x 131,072 features" in more.stdout
-    assert re.search(r"cached activations ( +57,344.0){4}\n", more.stdout)
+    more = done("train", tmp_path / "9b", "--recipe", "paper", "--layer", 20, "--l0", "30,60", "--cache", "x",
+                "--cache-tokens", 4_000_000_000, "--d-sae", 131_074, "--plan")
+    assert "2 x 131,074 features" in more.stdout
+    assert "L0 30, 60, and 2 pairs" in " ".join(more.stdout.split())
+    assert re.search(r"--shards +1 +1 +2\n", more.stdout)  # not 8
+    assert re.search(r"cached activations ( +28,672.0){3}\n", more.stdout)
+    assert re.search(r"language model, to the deepest site +24.4( +3.0){2}\n", more.stdout)
 
 
 @pytest.mark.parametrize(("asked", "told"), [

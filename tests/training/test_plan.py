@@ -126,8 +126,18 @@ def test_gpus_that_share_the_batch_harvest_a_part_each_and_average_gradients(cos
 
 
 def test_processes_that_do_not_come_out_even_are_refused(cost):
-    with pytest.raises(TrainingError, match="give a divisor"):
-        plan(paper, cost, gpus=8, shards=3)
+    topk = variants(paper, "topk", l0=[32])["k_32"]
+    odd, torn = replace(paper, d_sae=1001), replace(paper, batch_size=1001)
+    for recipe, shards in ((paper, 3), (odd, 8), (torn, 1), (topk, 8)):
+        with pytest.raises(TrainingError, match=f"8 processes, of which {shards} share the features, cannot train"):
+            plan(recipe, cost, gpus=8, shards=shards)
+    assert plan(topk, cost, gpus=8).gpus == 8
+
+
+def test_what_is_cached_is_harvested_once(cost):
+    live, cached = plan(paper, cost), plan(paper, cost, cache_tokens=1_000_000_000)
+    assert cached.model_hours == pytest.approx(live.model_hours / 8)
+    assert cached.sae_hours == live.sae_hours
 
 
 def test_memory_by_hand(cost):
@@ -156,13 +166,13 @@ def test_the_sparse_form_takes_a_quarter_of_the_dense_one():
 
 
 def test_disk_by_hand(cost):
-    live, cached = disk(paper, cost, cached=False), disk(paper, cost, cached=True)
+    live, cached = disk(paper, cost), disk(paper, cost, 5_000_000_000)
     assert live["checkpoints, at most"] == 3 * (12 * (WEIGHTS + BIASES) + 2 * 1_000_000 * 3584)
     assert live["finished SAEs"] == 4 * (WEIGHTS + BIASES)
-    assert cached["cached activations"] == 2 * 8_000_000_000 * 3584
+    assert cached["cached activations"] == 2 * 5_000_000_000 * 3584
     assert cached["checkpoints, at most"] == 3 * 12 * (WEIGHTS + BIASES)
     assert plan(paper, cost).host == 2 * 1_000_000 * 3584
-    assert plan(paper, cost, cached=True).host == 0
+    assert plan(paper, cost, cache_tokens=5_000_000_000).host == 0
 
 
 def test_several_saes_side_by_side_share_the_model_and_the_buffer(cost):
@@ -183,9 +193,13 @@ def test_what_does_not_fit_is_told(cost):
 
 
 def test_the_l0_of_the_recipe_is_what_is_planned_with(cost):
-    assert plan(quick, cost).l0 == 60
-    assert plan(variants(quick, "topk", l0=[20])["k_20"], cost).l0 == 20
-    assert plan(variants(quick, "relu", sparsity=[0.1])["sparsity_0.1"], cost).l0 == 60
+    assert plan(quick, cost).l0s == (60,)
+    assert plan(variants(quick, "topk", l0=[20])["k_20"], cost).l0s == (20,)
+    assert plan(variants(quick, "relu", sparsity=[0.1])["sparsity_0.1"], cost).l0s == (60,)
+    two = replace(cost, places=cost.places * 2)
+    both, low, high = plan(quick, two, l0s=[10, 200]), plan(quick, cost, l0s=[10]), plan(quick, cost, l0s=[200])
+    assert both.step_ms == pytest.approx(low.step_ms + high.step_ms)
+    assert "L0 10, 200, and 2 pairs" in " ".join(describe([both]).split())
 
 
 def test_the_table_says_that_it_is_arithmetic_and_what_it_assumes(cost):
