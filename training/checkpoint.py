@@ -277,7 +277,8 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 def _read(path: Path, step: int) -> Checkpoint:
     content = _verified(path, step)
     if "values" in content:
-        raise SaeFormatError("several processes saved it together; training goes on from it, in any number of them")
+        raise SaeFormatError("several processes saved it together; training goes on from it, in any number of them "
+                             "where activations are cached")
     return Checkpoint(step, path, _parts(path, content))
 
 

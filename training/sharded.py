@@ -1,4 +1,4 @@
-"""Checkpoints of several processes, by torch.distributed.checkpoint: each writes what it holds, any number go on.
+"""Checkpoints of several processes, by torch.distributed.checkpoint: each writes what it holds, any number read it.
 
 folder/step-00001234/ holds a safetensors file a process, whose header says which rows of what it has, and the manifest
 of checkpoint.py. What one process saved is read by several, and the other way round. The library is imported where

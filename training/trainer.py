@@ -40,15 +40,16 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
     Ctrl-C saves, then raises KeyboardInterrupt. log(row) gets each report, for any tracker.
 
     Several processes, each with its `parallel` and a stream of parallel.share, on parallel.device, train together what
-    one would, but for rounding: batch_size is that of all, any number goes on from a checkpoint, one of them reports,
-    and all stop, fail and get the SAEs together. parallel=Parallel() trains alone, whatever a launcher has started:
-    give each such process a folder of its own.
+    one would, but for rounding: batch_size is that of all, one of them reports, and all stop, fail and get the SAEs
+    together. Any number goes on from a checkpoint where activations are cached; of a live stream as many as before, for
+    each has read its own texts. parallel=Parallel() trains alone, whatever a launcher has started: give each such
+    process a folder of its own.
 
     Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has not
     or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
     training: what was saved before stays. Raises DataError where the texts end early, or the model gives activations
     that are not finite: what is done is saved then, and more text behind it (unless it is shuffled) or more activations
-    let it go on. Where shards hold what is not finite, DataError comes after what was saved before.
+    let it go on. It comes also where shards hold what is not finite: then only what was saved before stays.
     """
     parallel = stated(parallel)
     learners = _learners(stream, trainees, device, parallel)
