@@ -25,7 +25,8 @@ MOST_DRAWN = 7  # histograms in one picture; more cannot be told apart
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """A source as `documents` takes it: file, folder, or name of a data set. field, split: see there. shuffled: in the
-    order of a seed, which holds all texts of files in memory."""
+    order of a seed, which holds all texts of files in memory; else as they stand, no more of them read than is asked
+    for."""
 
     source: str
     field: str = "text"
@@ -62,7 +63,8 @@ class FirstTokens:
 def assess(model: nn.Module, tokenizer: Any, saes: Mapping[str, SAE], text: Text, *, model_name: str, tokens: int,
            context: int, uniformity_positions: int = 0, facts: Mapping[str, Mapping[str, Any]] | None = None,
            progress: bool = True) -> EvaluationReport:
-    """Evaluate SAEs, each at its own site, on the first `tokens` tokens of a text; a bar on stderr meanwhile.
+    """Evaluate SAEs, each at its own site, on the first `tokens` tokens of a text, or, if it is shuffled, of its order
+    by seed 0, which is the same every time; a bar on stderr meanwhile.
 
     facts: of each name, what tells it apart. The rest as in `evaluate_all`, which tells what it raises.
     """

@@ -40,6 +40,7 @@ CONTEXT = 1024  # arXiv 2408.05147, 3.3
 PLANNED = ((1, 1), (8, 1), (8, 2), (8, 8))  # GPUs, and how many of them share the features
 
 Field = Annotated[str, typer.Option(help="Where the text stands in a line of JSON or a row of a data set.")]
+Shuffle = Annotated[bool, typer.Option(help="Shuffle the texts; holds those of files in memory.")]
 Context = Annotated[int | None, typer.Option(min=4, help="Tokens of a window; at most what the model takes.")]
 ModelName = Annotated[str | None, typer.Option(
     help="What to call the language model in files. Default: MODEL, or the last part of its path.")]
@@ -85,9 +86,10 @@ def train(
         min=1, help="How often the text may be read. Default: as often as needed.")] = None,
     held_out: Annotated[str | None, typer.Option(help=f"Text to evaluate on at the end. {TEXTS}")] = None,
     held_out_split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    held_out_tokens: Annotated[int, typer.Option(min=16)] = 100_000,
+    held_out_tokens: Annotated[int, typer.Option(
+        min=16, help="How many of it, the first of its texts as they are shuffled.")] = 100_000,
     field: Field = "text", split: Split = "train", context: Context = None,
-    shuffle: Annotated[bool, typer.Option(help="Shuffle the texts; holds those of files in memory.")] = True,
+    shuffle: Shuffle = True,
     licence: Licence = None,
     data_licence: Annotated[str | None, typer.Option(help="Of the text, in your words, for the card.")] = None,
     model_name: ModelName = None, seed: int = 0, dtype: Dtype = "auto", device: Device = None,
@@ -142,17 +144,18 @@ def eval_command(
     text: Annotated[str, typer.Option(help=f"Held-out text. {TEXTS}")],
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
     every: Annotated[bool, typer.Option("--all", help="Every SAE that the options fit, not one a site.")] = False,
-    tokens: Annotated[int, typer.Option(min=16, help="How many to measure on (the paper: 2,097,152).")] = 100_000,
+    tokens: Annotated[int, typer.Option(min=16, help=(
+        "How many to measure on, the first of the texts as they are shuffled (the paper: 2,097,152)."))] = 100_000,
     attribution: Annotated[bool, typer.Option(
         "--attribution", help="Measure the uniformity of attribution, too: backward passes.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the report here.")] = None,
     plots: Annotated[Path | None, typer.Option(
         file_okay=False, help="Draw frequencies and Pareto curves into this folder.")] = None,
-    field: Field = "text", split: Split = "train", context: Context = None, model_name: ModelName = None,
-    dtype: Dtype = "auto", device: Device = None,
+    field: Field = "text", split: Split = "train", context: Context = None, shuffle: Shuffle = True,
+    model_name: ModelName = None, dtype: Dtype = "auto", device: Device = None,
 ) -> None:
     """Evaluate SAEs as the paper does: L0, FVU, what the reconstruction costs the model, shrinkage, frequencies."""
-    what = Text(source=text, field=field, split=split)
+    what = Text(source=text, field=field, split=split, shuffled=shuffle)
     _check_text(what)
     if plots is not None:
         _check_matplotlib()

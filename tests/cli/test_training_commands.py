@@ -317,6 +317,15 @@ def test_eval_finds_an_exact_sae_exact(fitting_sae, texts, tmp_path):
     assert scalars["loss_recovered"] == pytest.approx(1, abs=1e-4)
 
 
+def test_eval_measures_on_the_first_tokens_of_the_texts_shuffled_or_as_they_stand(fitting_sae, texts, tmp_path):
+    (tmp_path / "one.jsonl").write_text(texts[0].read_text().splitlines()[0])
+    found, few = [], ("--tokens", 16, "--context", 32, "--json", tmp_path / "r.json")
+    for asked in ((texts[0],), (texts[0], "--no-shuffle"), (tmp_path / "one.jsonl",)):
+        done("eval", MODEL, fitting_sae, *few, "--text", *asked)
+        found.append(read_report(tmp_path / "r.json").text)
+    assert found[0] != found[1] == found[2]
+
+
 @pytest.mark.parametrize(("asked", "told"), [
     (("--text", "nothing.txt"), "no file or folder nothing.txt"),
     (("--layer", 1), "It offers"),
