@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import GPU_TOKENS, Triplets, dots, find_above, stable_order, starts_of, weighted_sums
+from sae_hooks.kernels import Triplets, dots, find_above, stable_order, starts_of, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
-GPU_CHUNK = GPU_TOKENS  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
+GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
 PROBE, PROBED = 16, 1024  # tokens and features that tell which form is the quicker one
 DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one, on CPUs ...
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.005  # ... on GPUs, whose products are quicker: by arithmetic for an H100

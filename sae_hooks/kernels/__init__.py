@@ -5,7 +5,7 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 
 from .search import Triplets, above, keep_largest, largest, topk_gate
 from .segments import adam_rows, dots, remove_along, stable_order, starts_of, weighted_sums
-from .tiles import GPU_TOKENS, at_once, cast, is_bare, linear, slices, wide
+from .tiles import at_once, cast, is_bare, linear, slices, wide
 from .torch_ops import (
     Csr,
     compressed,
@@ -23,7 +23,6 @@ from .torch_ops import (
 )
 
 __all__ = [
-    "GPU_TOKENS",
     "Csr",
     "Triplets",
     "above",
