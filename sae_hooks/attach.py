@@ -276,15 +276,25 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
     for door in _doors(model, slot.read.path):
         if id(door) not in installed.doors:
             installed.doors.add(id(door))
-            handle = door.register_forward_pre_hook(PassHook(installed.runtime).before, with_kwargs=True, prepend=True)
+            noting = PassHook(installed.runtime, _positional(door))
+            handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
             installed.undo += [partial(installed.doors.discard, id(door)), handle.remove]
     _hook_generate(model, installed, slot.read.path)
 
 
 def _doors(model: nn.Module, path: str) -> list[nn.Module]:
-    """The model and the modules inside it, on the way to a site, that take token ids."""
-    inner = [m for m in _ancestors(model, path) if "input_ids" in inspect.signature(m.forward).parameters]
-    return list(dict.fromkeys([model, *inner]))
+    """The modules on the way to a site that take token ids by name; the model itself where none does.
+
+    A wrapper that hands on `*args` does not say which of them is the mask; the model inside it does.
+    """
+    found = [m for m in _ancestors(model, path) if "input_ids" in inspect.signature(m.forward).parameters]
+    return list(dict.fromkeys(found)) or [model]
+
+
+def _positional(module: nn.Module) -> list[str]:
+    """Names of the arguments that a module's forward takes by position, in order."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -171,10 +171,10 @@ class SiteHook:
 
 class PassHook:
     """Forward pre-hook of the model (and of the model inside it): notes the tokens of a pass while a request is
-    open."""
+    open. names: what the model's arguments are called, by position."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, names: Sequence[str] = ()) -> None:
+        self.runtime, self.names = runtime, names
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the pass; changes nothing."""
@@ -183,7 +183,7 @@ class PassHook:
 
     @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.runtime.begin(module, args, kwargs)
+        self.runtime.begin(module, args, {**dict(zip(self.names, args, strict=False)), **kwargs})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassHook:
         return _inert_pass()

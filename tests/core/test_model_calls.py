@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from core.reference import FullEdit, array, decode, edited, encode, relative, seen
+from core.reference import FullEdit, array, decode, edited, encode, ordinary, relative, seen
 from core.steering import EVERY, IDS, INPUTS, MASK, NAN, SITE, STRENGTHS, firing, made_for, outcome, strengths
 from torch import nn
+from transformers import DynamicCache
 
 from sae_hooks import SAE, EditError, SaeMismatchError, attach_saes
 
@@ -51,6 +52,44 @@ def test_positional_ids_and_calls_of_the_inner_model_are_edited_too(attached):
         attached(**INPUTS)
     assert all(torch.equal(x, xs[0]) for x in xs)
     assert len(xs) == 4
+
+
+class Forwarding(nn.Module):
+    """A wrapper that hands on whatever it gets, and names none of it."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, *args, **kwargs):
+        return self.wrapped(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_mask_given_by_position_tells_padding_whatever_its_id(model, sae, wrapped):
+    padded, mask = IDS.clone(), MASK
+    padded[0, :2] = 5  # no special token of the model's
+    model = attach_saes(Forwarding(model) if wrapped else model, sae)
+    model.saes.special_ids = [2]
+    with model.saes.clamp({3: 9.0}) as by_name, model.saes.capture() as want:
+        model(input_ids=padded, attention_mask=mask)
+    with model.saes.clamp({3: 9.0}) as by_position, model.saes.capture() as got:
+        model(padded, mask)
+    (want,), (got,) = want.values(), got.values()
+    assert by_position.positions_edited == by_name.positions_edited == ordinary(padded, mask, special=(2,)).sum()
+    assert got.position.tolist() == want.position.tolist() == [*range(5), *range(7), *range(7)]
+    assert torch.equal(got.to_dense(), want.to_dense())
+
+
+def test_a_cache_given_by_position_continues_its_text(attached):
+    cache = DynamicCache()
+    with attached.saes.capture() as features:
+        attached(IDS[1:, :4], None, None, cache)
+        attached(IDS[1:, 4:], None, None, cache)
+    got = features[SITE]
+    assert got.doc_id.tolist() == [0] * 7 + [1] * 7
+    assert got.position.tolist() == [*range(7), *range(7)]
+    assert got.token_id.tolist() == IDS[1:].flatten().tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
