@@ -53,9 +53,8 @@ class Generation:
         prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
         if prompt is None:
             return None
-        given = kwargs.get("generation_config") or config
         names = ("eos_token_id", "pad_token_id", "num_beams", "guidance_scale")
-        eos, pad, beams, guidance = (kwargs.get(name, getattr(given, name, None)) for name in names)
+        eos, pad, beams, guidance = (_setting(name, args, kwargs, config) for name in names)
         made = cls(len(prompt), prompt.shape[1], None, prompt.ndim > 2, _numbers(eos), _numbers(pad))
         made.beams, made.guided = (beams or 1) > 1, guidance not in (None, 1)
         made.keep = made._prompt_mask(prompt, kwargs.get("attention_mask"))
@@ -213,6 +212,14 @@ class Pass:
         if few and set(special.tolist()).isdisjoint(self.ids.flatten().tolist()):
             return None
         return torch.isin(self.ids, special, invert=True)
+
+
+def _setting(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> Any:
+    """What `generate` takes a setting to be: its keyword, else the first config that has one: its own, the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    configs = (kwargs.get("generation_config"), *args[1:2], config)
+    return next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from core.generating import ALONE, MODES, NEW, PROMPTS, WIDTH, by_hand, generate, holds, read, texts
+from core.generating import ALONE, LEFT, MODES, NEW, PROMPTS, WIDTH, by_hand, generate, holds, read, texts
 from core.reference import FullEdit
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -56,6 +56,28 @@ def test_a_row_that_ended_early_is_captured_as_far_as_its_text_goes(case):
         with model.saes.capture() as features:
             generate(model, eos_token_id=stop, **settings)
         holds(case, features[case.site], want)
+
+
+def test_what_ends_a_row_is_read_from_the_models_config_where_the_calls_own_does_not_say(case):
+    whole = by_hand(case, None)
+    stop = whole[0][len(PROMPTS[0]) + 2]
+    new = {"max_new_tokens": NEW, "do_sample": False}
+    ways = {
+        "config": ((), {"generation_config": GenerationConfig(**new)}),
+        "config by position": ((GenerationConfig(**new),), {}),
+        "config with another EOS": ((GenerationConfig(**new, eos_token_id=stop),), {}),
+        "no EOS": ((), {**new, "eos_token_id": None}),
+    }
+    for way, (args, settings) in ways.items():
+        model = case.attached()
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = stop, 0
+        if way == "config with another EOS":
+            model.generation_config.eos_token_id = 127
+        with model.saes.capture() as features:
+            model.generate(LEFT, *args, attention_mask=(LEFT != 0).long(), **settings)
+        ended = [text[:text.index(stop, len(p))] if way != "no EOS" and stop in text[len(p):-1] else text[:-1]
+                 for p, text in zip(PROMPTS, whole, strict=True)]
+        holds(case, features[case.site], ended)
 
 
 def test_a_row_that_another_criterion_ended_early_is_captured_as_far_as_its_text_goes(case):

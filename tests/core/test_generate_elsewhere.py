@@ -9,7 +9,7 @@ from core.generating import CHOICES, LEFT, NAN, NEW, PROMPTS, by_hand, compiled,
 from core.reference import ordinary, sample
 from core.steering import made_for
 from tiny_models import make_model
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from sae_hooks import SaeAttachError, attach_saes, detach_saes
@@ -57,6 +57,14 @@ def test_guidance_by_a_second_text_is_refused_while_anything_is_open(case):
     want = generate(make_model(case.architecture), guidance_scale=1.5)
     with pytest.raises(SaeAttachError, match="guidance_scale"), model.saes.clamp({3: 25.0}):
         generate(model, guidance_scale=1.5)
+    guided, silent = GenerationConfig(max_new_tokens=NEW, guidance_scale=1.5), GenerationConfig(max_new_tokens=NEW)
+    for args, settings in (((guided,), {}), ((), {"generation_config": guided})):
+        with pytest.raises(SaeAttachError, match="guidance_scale"), model.saes.clamp({3: 25.0}):
+            model.generate(LEFT, *args, **settings)
+    model.generation_config.guidance_scale = 1.5
+    with pytest.raises(SaeAttachError, match="guidance_scale"), model.saes.clamp({3: 25.0}):
+        model.generate(LEFT, silent)
+    model.generation_config.guidance_scale = None
     assert generate(model, guidance_scale=1.5).tolist() == want.tolist()
     with model.saes.clamp(case.values):
         assert texts(generate(model, guidance_scale=1.0)) == by_hand(case)
