@@ -298,19 +298,18 @@ def _positional(module: nn.Module) -> list[str]:
 
 
 def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
-    """Stand before `generate` of the innermost model that has it, so that PEFT and pipelines pass through too."""
-    makers = [m for m in _ancestors(model, path) if hasattr(type(m), "generate")]
-    if not makers:
-        return
-    maker = makers[-1]
-    before = maker.__dict__.get("generate")
-    if isinstance(before, GenerateHook):
-        if before.runtime is not installed.runtime:
-            raise SaeAttachError("SAEs are attached already, through another wrapper of this model; use that or detach")
-        return
-    for kind in (GenerateHook, PackedHook):
-        if hasattr(maker, kind.name):
-            _stand_before(maker, kind, installed)
+    """Stand before `generate` of every model on the way to a site: not all wrappers call the inner one's."""
+    for maker in (m for m in _ancestors(model, path) if hasattr(type(m), "generate")):
+        before = maker.__dict__.get("generate")
+        if isinstance(before, GenerateHook):
+            if before.runtime is not installed.runtime:
+                raise SaeAttachError(
+                    "SAEs are attached already, through another wrapper of this model; use that or detach"
+                )
+            continue
+        for kind in (GenerateHook, PackedHook):
+            if hasattr(maker, kind.name):
+                _stand_before(maker, kind, installed)
 
 
 def _stand_before(maker: nn.Module, kind: type[GenerateHook], installed: Installed) -> None:

@@ -203,9 +203,7 @@ class GenerateHook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local, before = self.runtime.local, getattr(self.runtime.local, "generation", None)
-        encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        config = getattr(self.model, "generation_config", None)
-        generation = None if encoder else Generation.of(args, kwargs, config)
+        generation = Generation.of(self.model, args, kwargs)
         if generation is not None and generation.guided and self.runtime.active:
             raise SaeAttachError(GUIDED)
         local.generation, local.current = generation, None

@@ -204,7 +204,7 @@ class Runtime:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
         current: Pass | None = getattr(self.local, "current", None)
         if current is None or not current.continues(id(owner), args, kwargs):
-            current = self.local.current = Pass.of(args, kwargs, getattr(self.local, "generation", None))
+            current = self.local.current = Pass.of(owner, args, kwargs, getattr(self.local, "generation", None))
             self.local.stash = {}
         current.owners.add(id(owner))
 

@@ -103,7 +103,8 @@ class Saes(Mapping[str, SAE]):
     Edits return a `Handle`: a context manager, also removed by `.remove()`. Keywords that they share:
 
     layer, site, name: which SAE; needed where several are attached. `site` is a path with its side, or an alias.
-    tokens: "all", "prompt" (what `generate` was given), "generated", or a boolean mask (tokens) or (batch, tokens).
+    tokens: "all", "prompt" (what `generate` was given, or begins with; outside of it, all), "generated", or a boolean
+        mask (tokens) or (batch, tokens). A pass raises EditError where a generate runs whose prompt cannot be told.
     special_tokens: False leaves alone BOS and EOS (by token id; padding, by attention mask, is in any case) and
         attention sinks (norm above 10 times the `typical_norm` stored with the SAE). `model.saes.special_ids` holds
         the ids and may be set.

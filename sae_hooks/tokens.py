@@ -7,6 +7,7 @@ comes from the call of `generate`, never from the shape of a pass.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -24,6 +25,11 @@ GUIDED = (
     "classifier-free guidance (guidance_scale) computes a second text beside each row, whose positions cannot be told; "
     "generate without it, or close what is open"
 )
+UNKNOWN = (
+    "generate is running, but where its prompt ends cannot be told here: it was called on a model that the SAEs were "
+    "not attached to, or does not begin as transformers' own does. Attach the SAEs to the model whose generate is "
+    'called, or use tokens="all"'
+)
 FEW = 64  # token ids up to which a set on the CPU is quicker than tensor operations: a decoding step
 
 
@@ -33,7 +39,8 @@ class Generation:
 
     embedded: the prompt came as embeddings, so the text that comes back begins after it. eos and pad: ids that end a
     row and that fill it up. beams: rows of a pass are no rows of the text. guided: a second text is computed
-    beside each. ends (rows of the text,), once known: the column after each row's last token.
+    beside each. encoder: the module that reads an encoder-decoder's input, where all is prompt; the rest is of the
+    decoder's text. ends (rows of the text,), once known: the column after each row's last token.
     """
 
     rows: int
@@ -44,20 +51,26 @@ class Generation:
     pad: tuple[int, ...] = ()
     beams: bool = False
     guided: bool = False
+    encoder: Any = None
     ends: Tensor | None = None
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any = None) -> Generation | None:
-        """Read from generate's arguments and the model's generation config; None where it starts from nothing."""
-        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
-        if prompt is None:
-            return None
+    def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
+        """Read from the arguments of a model's generate and its configs; None where the prompt cannot be told."""
+        config = getattr(model, "generation_config", None)
         names = ("eos_token_id", "pad_token_id", "num_beams", "guidance_scale")
         eos, pad, beams, guidance = (_setting(name, args, kwargs, config) for name in names)
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        prompt, mask = (_decoder_prompt if decodes else _prompt)(model, args, kwargs)
+        if prompt is None:
+            return None
         made = cls(len(prompt), prompt.shape[1], None, prompt.ndim > 2, _numbers(eos), _numbers(pad))
         made.beams, made.guided = (beams or 1) > 1, guidance not in (None, 1)
-        made.keep = made._prompt_mask(prompt, kwargs.get("attention_mask"))
+        if isinstance(mask, Tensor):
+            made.keep = mask.bool() if mask.ndim == 2 else None
+        elif not decodes and not made.embedded:
+            made.keep = made._inferred_mask(prompt)
+        made.encoder = model.get_encoder() if decodes else None
         return made
 
     def finish(self, text: Tensor) -> None:
@@ -77,10 +90,8 @@ class Generation:
         ends = self.ends.to(column.device)
         return column < (ends[row] if len(ends) > 1 else ends) - 1
 
-    def _prompt_mask(self, prompt: Tensor, mask: Any) -> Tensor | None:
-        """The mask given, or the one that `generate` infers: padding by its id, unless that ends texts, too."""
-        if mask is not None or self.embedded:
-            return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def _inferred_mask(self, prompt: Tensor) -> Tensor | None:
+        """The mask that `generate` infers where none is given: padding by its id, unless that ends texts, too."""
         pads = set(self.pad) - set(self.eos)
         return prompt != next(iter(pads)) if pads and bool((prompt == next(iter(pads))).any()) else None
 
@@ -117,14 +128,16 @@ class Pass:
         return owner not in self.owners and (ids is None or ids is self.ids)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
-        """Read from the arguments of a model's forward."""
+    def of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
+        """Read from the arguments of the forward of `owner`, a model."""
         _refuse_packed(kwargs)
         ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if generation is not None and shape is not None and owner is generation.encoder:
+            generation = Generation(*shape, None)
         if generation is not None and shape is not None and shape[0] % generation.rows:
             generation = None  # not this generation's batch: another model inside the call
         return cls(shape, ids, mask, _start(kwargs, mask, shape), generation)
@@ -171,9 +184,15 @@ class Pass:
     def _tokens(self, tokens: str | Tensor) -> Tensor | None:
         if isinstance(tokens, Tensor):
             return self._mask(tokens)
-        width = self.generation.width if self.generation is not None else None
-        if tokens == "all" or (width is None and tokens == "prompt") or self.shape is None:
+        if tokens == "all":
             return None
+        if self.generation is None and _generating():
+            raise EditError(UNKNOWN)
+        if self.generation is None and tokens == "prompt":
+            return None
+        if self.shape is None:
+            raise EditError(f'tokens="{tokens}" needs the model\'s input_ids or inputs_embeds; this pass has neither')
+        width = self.generation.width if self.generation is not None else None
         if width is not None and isinstance(self.start, int):  # a pass on one side of the border needs no tensor
             side = "generated" if self.start >= width else "prompt" if self.start + self.shape[1] <= width else None
             if side == tokens:
@@ -212,6 +231,61 @@ class Pass:
         if few and set(special.tolist()).isdisjoint(self.ids.flatten().tolist()):
             return None
         return torch.isin(self.ids, special, invert=True)
+
+
+def _prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Any]:
+    """What `generate` is to continue, ids (rows, width) or embeddings (rows, width, d), and the mask given with it.
+
+    Without a prompt that is a BOS a row, as transformers does it; None where somebody else's generate gets none.
+    """
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
+    config = getattr(model, "generation_config", None)
+    bos = _setting("bos_token_id", args, kwargs, config)
+    if prompt is None and bos is not None and _is_plain(model):
+        given = (v for name, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and not hasattr(config, name))
+        prompt = torch.full((len(next(given, [0])), 1), _numbers(bos)[0])
+    return prompt, kwargs.get("attention_mask")
+
+
+def _decoder_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Any]:
+    """What the decoder of an encoder-decoder is to continue: the start token, and decoder_input_ids where given."""
+    encoded = kwargs.get("encoder_outputs")
+    main = getattr(model, "main_input_name", "input_ids")
+    named = (kwargs.get(name) for name in ("inputs", main, "inputs_embeds"))
+    inputs = next((t for t in (*args[:1], *named, getattr(encoded, "last_hidden_state", None)) if t is not None), None)
+    config = getattr(model, "generation_config", None)
+    starts = (_setting(f"{name}_token_id", args, kwargs, config) for name in ("decoder_start", "bos"))
+    start = next((s for s in starts if s is not None), None)
+    if not isinstance(inputs, Tensor) or start is None or not _is_plain(model):
+        return None, None
+    begin = torch.as_tensor(start).reshape(-1, 1).expand(len(inputs), 1)
+    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    if ids is None and main != "input_ids":
+        ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return begin, mask
+    reader = getattr(getattr(model, "config", None), "encoder", None)
+    donut = any("donut" in name.lower() for name in (type(model).__name__, getattr(reader, "model_type", "")))
+    if donut or not bool((ids[:, :1] != begin.to(ids)).all()):  # else transformers puts the start token before them
+        return ids, mask
+    mask = torch.nn.functional.pad(mask, (1, 0), value=1) if isinstance(mask, Tensor) else None
+    return torch.cat([begin.to(ids), ids], dim=1), mask
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether a model generates by transformers' own method, and not by one that may begin otherwise."""
+    return getattr(getattr(type(model), "generate", None), "__qualname__", "") == "GenerationMixin.generate"
+
+
+def _generating() -> bool:
+    """Whether transformers' generate waits for this pass, further up in the thread."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _setting(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> Any:

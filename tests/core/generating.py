@@ -4,6 +4,7 @@
 the plain hook of reference.py. What no loop by hand can follow (beams, samples) must be as `under_the_plain_hook`.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -143,3 +144,26 @@ def holds(case, features, texts):
 def read(texts):
     """Of each text the tokens that a pass has read: all but the last."""
     return [text[:-1] for text in texts]
+
+
+@contextlib.contextmanager
+def adding_by_hand(layer, change, choose):
+    """Add a change (d,) to what a layer gives, by a plain hook that counts the columns of passes with a cache itself.
+
+    choose(columns) tells where: boolean (tokens,) or (batch, tokens).
+    """
+    begun = 0
+
+    def hook(module, args, output):
+        nonlocal begun
+        x = output if isinstance(output, torch.Tensor) else output[0]
+        columns = torch.arange(begun, begun + x.shape[1])
+        begun += x.shape[1]
+        new = x + choose(columns).unsqueeze(-1) * change
+        return new if isinstance(output, torch.Tensor) else (new, *output[1:])
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
