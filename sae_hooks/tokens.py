@@ -30,6 +30,12 @@ UNKNOWN = (
     "not attached to, or does not begin as transformers' own does. Attach the SAEs to the model whose generate is "
     'called, or use tokens="all"'
 )
+UNPLACED = (
+    "the positions of this pass cannot be told: it goes on from a state that does not say how much it has read "
+    "(Mamba's), or begins with virtual tokens that stand for no text (prompt tuning). Give the whole text to generate, "
+    'or edit with tokens="all"; a capture needs positions'
+)
+CACHES = ("past_key_values", "cache_params", "state", "mems")  # as transformers' models call them
 FEW = 64  # token ids up to which a set on the CPU is quicker than tensor operations: a decoding step
 
 
@@ -39,8 +45,13 @@ class Generation:
 
     embedded: the prompt came as embeddings, so the text that comes back begins after it. eos and pad: ids that end a
     row and that fill it up. beams: rows of a pass are no rows of the text. guided: a second text is computed
-    beside each. encoder: the module that reads an encoder-decoder's input, where all is prompt; the rest is of the
-    decoder's text. ends (rows of the text,), once known: the column after each row's last token.
+    beside each. encoder: id of the module that reads an encoder-decoder's input, where all is prompt; the rest is of
+    the decoder's text. given: columns of the prompt in the text that comes back, fewer than width where the cache
+    holds the beginning. ends (rows of the text,), once known: the column after each row's last token.
+
+    Where passes stand: begun, tokens in the cache before the first; leader, id of the module whose every forward is a
+    pass; shift, what the cache counts beside the text's columns (prefix tuning's), found in the first pass; seen,
+    columns read; placed, whether columns can be told.
     """
 
     rows: int
@@ -51,8 +62,14 @@ class Generation:
     pad: tuple[int, ...] = ()
     beams: bool = False
     guided: bool = False
-    encoder: Any = None
+    encoder: int | None = None
+    given: int = 0
     ends: Tensor | None = None
+    begun: int | Tensor | None = 0
+    leader: int | None = None
+    shift: int | Tensor = 0
+    seen: tuple[int, int] = (0, 0)  # before the pass that runs, and after it
+    placed: bool = True
 
     @classmethod
     def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
@@ -70,12 +87,35 @@ class Generation:
             made.keep = mask.bool() if mask.ndim == 2 else None
         elif not decodes and not made.embedded:
             made.keep = made._inferred_mask(prompt)
-        made.encoder = model.get_encoder() if decodes else None
+        made.encoder = id(model.get_encoder()) if decodes else None
+        made.given = 0 if made.embedded else made.width
+        made.begun = _start(kwargs, None, None)
+        made.placed = made.begun is not None
+        if made.keep is not None and made.given and any(kwargs.get(name) is not None for name in CACHES):
+            made.width = max(made.width, made.keep.shape[1])  # only the new ids were given, with the whole text's mask
         return made
+
+    def column(self, owner: Any, start: int | Tensor | None, length: int, embedded: bool) -> int | Tensor | None:
+        """Column of the first of the `length` tokens that `owner` reads next, where the cache counts `start` before.
+
+        start None: the cache does not count, so what was read is counted here. embedded: the pass gets no ids.
+        Returns None where it cannot be told.
+        """
+        if self.leader is None:
+            self.leader = id(owner)
+            self.placed &= not (embedded and self.given and length > self.width)  # virtual tokens before the text
+            self.shift = 0 if start is None or self.begun is None else start - self.begun
+        if not self.placed:
+            return None
+        column = self.seen[0] if start is None else start - self.shift
+        if id(owner) == self.leader:
+            column = self.seen[1] if start is None else column
+            self.seen = (column, column + length) if isinstance(column, int) else self.seen
+        return column
 
     def finish(self, text: Tensor) -> None:
         """Note where each row of the text (rows times samples, columns) ends: at its EOS, or where padding begins."""
-        new = text if self.embedded else text[:, self.width :]
+        new = text[:, self.given :]
         stops = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
         real = stops.cumsum(1) - stops.long() == 0
         for pad in set(self.pad) - set(self.eos):
@@ -101,7 +141,7 @@ class Pass:
 
     shape (batch, tokens) or None where the model was given neither ids nor embeddings; ids (batch, tokens) or None;
     mask (batch, columns) of what is not padding, from the first column on, or None; start, the column of the first
-    token.
+    token, or None where it cannot be told: mask is then of this pass's tokens alone.
     """
 
     def __init__(
@@ -109,12 +149,12 @@ class Pass:
         shape: tuple[int, int] | None,
         ids: Tensor | None,
         mask: Tensor | None,
-        start: int | Tensor,
+        start: int | Tensor | None,
         generation: Generation | None,
     ) -> None:
-        self.shape, self.ids, self.start, self.generation = shape, ids, start, generation
+        self.shape, self.ids, self._start, self.generation = shape, ids, start, generation
         self.group = shape[0] // generation.rows if shape and generation else 1  # beams, or return sequences
-        known = generation.keep if generation is not None and generation.keep is not None else None
+        known = generation.keep if generation is not None and start is not None else None
         if known is not None:
             self.mask: Tensor | None = known if self.group == 1 else known.repeat_interleave(self.group, dim=0)
         else:
@@ -136,11 +176,21 @@ class Pass:
         shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if generation is not None and shape is not None and owner is generation.encoder:
+        if generation is not None and shape is not None and id(owner) == generation.encoder:
             generation = Generation(*shape, None)
         if generation is not None and shape is not None and shape[0] % generation.rows:
             generation = None  # not this generation's batch: another model inside the call
-        return cls(shape, ids, mask, _start(kwargs, mask, shape), generation)
+        start = _start(kwargs, mask, shape)
+        if generation is not None and shape is not None:
+            start = generation.column(owner, start, shape[1], ids is None)
+        return cls(shape, ids, mask, start, generation)
+
+    @property
+    def start(self) -> int | Tensor:
+        """Column of the first token. Raises EditError where it cannot be told."""
+        if self._start is None:
+            raise EditError(UNPLACED)
+        return self._start
 
     def chosen(self, tokens: str | Tensor, special: Tensor | None) -> Tensor | None:
         """Boolean (batch, tokens) of the positions to touch, or None for all; special ids (n,) and padding are left
@@ -175,6 +225,8 @@ class Pass:
         """(batch, tokens) of what is not padding, or None where nothing is."""
         if self.mask is None or self.shape is None:
             return None
+        if self._start is None:
+            return self.mask if self.mask.shape == self.shape else None
         known = self.mask.shape[1]
         if isinstance(self.start, int) and self.start >= known:
             return None
@@ -311,13 +363,25 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _start(kwargs: dict[str, Any], mask: Tensor | None, shape: tuple[int, int] | None) -> int | Tensor:
-    """Tokens already in the KV cache: the column of the first token of this pass."""
-    cache: Any = kwargs.get("past_key_values")
-    if hasattr(cache, "get_seq_length"):
-        start: int | Tensor = cache.get_seq_length()
-        return start.clone() if isinstance(start, Tensor) else start
-    return max(mask.shape[1] - shape[1], 0) if mask is not None and shape is not None else 0
+def _start(kwargs: dict[str, Any], mask: Tensor | None, shape: tuple[int, int] | None) -> int | Tensor | None:
+    """Tokens already in the cache: the column of the first token of this pass; None where nothing tells."""
+    caches = [cache for name in CACHES if (cache := kwargs.get(name)) is not None]
+    for cache in caches:
+        length = _length(cache)
+        if length is not None:
+            return length
+    before = max(mask.shape[1] - shape[1], 0) if mask is not None and shape is not None else 0
+    return before if before or not caches else None
+
+
+def _length(cache: Any) -> int | Tensor | None:
+    """Tokens in a cache; None where it does not count them, as recurrent states do not once they hold something."""
+    try:
+        length: int | Tensor = cache.get_seq_length()
+        return length.clone() if isinstance(length, Tensor) else length
+    except (AttributeError, ValueError):
+        held = getattr(cache, "has_previous_state", True)
+        return None if (held() if callable(held) else held) else 0
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

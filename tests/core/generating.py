@@ -16,6 +16,7 @@ from sae_hooks import attach_saes, sites
 
 NAN = float("nan")
 NEW = 8
+STRENGTH = 100.0
 PROMPTS = [[2, 17, 45, 99, 23, 17, 45], [2, 31, 13, 77, 31, 13, 77, 31, 13], [2, 50, 60, 50, 60]]
 WIDTH = max(map(len, PROMPTS))
 LEFT = torch.tensor([[0] * (WIDTH - len(p)) + p for p in PROMPTS])
@@ -167,3 +168,21 @@ def adding_by_hand(layer, change, choose):
         yield
     finally:
         handle.remove()
+
+
+def told_apart(make, path, width, rows, call):
+    """Assert that each choice of tokens gives the text of a plain hook that counts columns, `width` of them prompt."""
+    model, sae = make(), make_sae(32, 64, f"{path}.output")
+    del sae.metadata["typical_norm"]
+    inside = {"all": lambda c: c >= 0, "prompt": lambda c: c < width, "generated": lambda c: c >= width}
+    clean, texts = call(model), {}
+    for tokens, chosen in inside.items():
+        with adding_by_hand(model.get_submodule(path), STRENGTH * sae.W_dec[3].detach(), chosen):
+            texts[tokens] = call(model).tolist()
+    attach_saes(model, sae)
+    for tokens, text in texts.items():
+        with model.saes.add({3: STRENGTH}, tokens=tokens, special_tokens=True) as edit:
+            assert call(model).tolist() == text, tokens
+        if tokens == "prompt":
+            assert edit.positions_edited == width * rows
+    assert len({str(text) for text in (clean.tolist(), *texts.values())}) > 2

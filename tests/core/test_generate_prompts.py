@@ -3,14 +3,13 @@
 import pytest
 import torch
 import transformers
-from core.generating import LEFT, NEW, WIDTH, adding_by_hand, generate
+from core.generating import LEFT, NEW, WIDTH, generate, told_apart
 from tiny_models import LLAMA_LIKE, SIXTEEN_WIDE, make_model, make_sae
 
 from sae_hooks import EditError, attach_saes
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 IDS = torch.tensor([[17, 45, 99, 23, 1], [31, 13, 77, 31, 13]])
-STRENGTH = 100.0
 SPREAD = {"d_model": 32, "vocab_size": 128, "decoder_start_token_id": 2, "eos_token_id": None}
 
 
@@ -37,24 +36,6 @@ def seeded(model_class, config):
 
 MAKERS = {"bart": (bart, "model.decoder.layers.0", "model.encoder.layers.0"),
           "t5": (t5, "decoder.block.0", "encoder.block.0")}
-
-
-def told_apart(make, path, width, rows, call):
-    """Assert that each choice of tokens gives the text of a plain hook that counts columns, `width` of them prompt."""
-    model, sae = make(), make_sae(32, 64, f"{path}.output")
-    del sae.metadata["typical_norm"]
-    inside = {"all": lambda c: c >= 0, "prompt": lambda c: c < width, "generated": lambda c: c >= width}
-    clean, texts = call(model), {}
-    for tokens, chosen in inside.items():
-        with adding_by_hand(model.get_submodule(path), STRENGTH * sae.W_dec[3].detach(), chosen):
-            texts[tokens] = call(model).tolist()
-    attach_saes(model, sae)
-    for tokens, text in texts.items():
-        with model.saes.add({3: STRENGTH}, tokens=tokens, special_tokens=True) as edit:
-            assert call(model).tolist() == text, tokens
-        if tokens == "prompt":
-            assert edit.positions_edited == width * rows
-    assert len({str(text) for text in (clean.tolist(), *texts.values())}) > 2
 
 
 def llama4():
