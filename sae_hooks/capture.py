@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .errors import SaeAttachError, SaeMismatchError
+from .generation import Generation
 from .sae import SAE
 from .sparse import SparseFeatures, concatenate
-from .tokens import Generation, Pass
+from .tokens import Pass
 
 
 class Captured(Mapping[str, SparseFeatures]):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from . import edits, kernels, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
+from .generation import GUIDED, Generation
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, reconstruct
-from .tokens import GUIDED, PACKED, Generation, Pass
+from .tokens import PACKED, Pass
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

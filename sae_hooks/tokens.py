@@ -8,7 +8,6 @@ comes from the call of `generate`, never from the shape of a pass.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -16,14 +15,11 @@ import torch
 from torch import Tensor
 
 from .errors import EditError, SaeAttachError
+from .generation import Generation, cached
 
 PACKED = (
     "continuous batching (generate_batch) packs the tokens of all requests into one row, so rows and positions cannot "
     "be told; use generate"
-)
-GUIDED = (
-    "classifier-free guidance (guidance_scale) computes a second text beside each row, whose positions cannot be told; "
-    "generate without it, or close what is open"
 )
 UNKNOWN = (
     "generate is running, but where its prompt ends cannot be told here: it was called on a model that the SAEs were "
@@ -35,105 +31,7 @@ UNPLACED = (
     "(Mamba's), or begins with virtual tokens that stand for no text (prompt tuning). Give the whole text to generate, "
     'or edit with tokens="all"; a capture needs positions'
 )
-CACHES = ("past_key_values", "cache_params", "state", "mems")  # as transformers' models call them
 FEW = 64  # token ids up to which a set on the CPU is quicker than tensor operations: a decoding step
-
-
-@dataclass(eq=False)
-class Generation:
-    """One call of `generate`: rows, width of the prompt with padding, its mask (rows, width).
-
-    embedded: the prompt came as embeddings, so the text that comes back begins after it. eos and pad: ids that end a
-    row and that fill it up. beams: rows of a pass are no rows of the text. guided: a second text is computed
-    beside each. encoder: id of the module that reads an encoder-decoder's input, where all is prompt; the rest is of
-    the decoder's text. given: columns of the prompt in the text that comes back, fewer than width where the cache
-    holds the beginning. ends (rows of the text,), once known: the column after each row's last token.
-
-    Where passes stand: begun, tokens in the cache before the first; leader, id of the module whose every forward is a
-    pass; shift, what the cache counts beside the text's columns (prefix tuning's), found in the first pass; seen,
-    columns read; placed, whether columns can be told.
-    """
-
-    rows: int
-    width: int
-    keep: Tensor | None
-    embedded: bool = False
-    eos: tuple[int, ...] = ()
-    pad: tuple[int, ...] = ()
-    beams: bool = False
-    guided: bool = False
-    encoder: int | None = None
-    given: int = 0
-    ends: Tensor | None = None
-    begun: int | Tensor | None = 0
-    leader: int | None = None
-    shift: int | Tensor = 0
-    seen: tuple[int, int] = (0, 0)  # before the pass that runs, and after it
-    placed: bool = True
-
-    @classmethod
-    def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
-        """Read from the arguments of a model's generate and its configs; None where the prompt cannot be told."""
-        config = getattr(model, "generation_config", None)
-        names = ("eos_token_id", "pad_token_id", "num_beams", "guidance_scale")
-        eos, pad, beams, guidance = (_setting(name, args, kwargs, config) for name in names)
-        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        prompt, mask = (_decoder_prompt if decodes else _prompt)(model, args, kwargs)
-        if prompt is None:
-            return None
-        made = cls(len(prompt), prompt.shape[1], None, prompt.ndim > 2, _numbers(eos), _numbers(pad))
-        made.beams, made.guided = (beams or 1) > 1, guidance not in (None, 1)
-        if isinstance(mask, Tensor):
-            made.keep = mask.bool() if mask.ndim == 2 else None
-        elif not decodes and not made.embedded:
-            made.keep = made._inferred_mask(prompt)
-        made.encoder = id(model.get_encoder()) if decodes else None
-        made.given = 0 if made.embedded else made.width
-        made.begun = _start(kwargs, None, None)
-        made.placed = made.begun is not None
-        if made.keep is not None and made.given and any(kwargs.get(name) is not None for name in CACHES):
-            made.width = max(made.width, made.keep.shape[1])  # only the new ids were given, with the whole text's mask
-        return made
-
-    def column(self, owner: Any, start: int | Tensor | None, length: int, embedded: bool) -> int | Tensor | None:
-        """Column of the first of the `length` tokens that `owner` reads next, where the cache counts `start` before.
-
-        start None: the cache does not count, so what was read is counted here. embedded: the pass gets no ids.
-        Returns None where it cannot be told.
-        """
-        if self.leader is None:
-            self.leader = id(owner)
-            self.placed &= not (embedded and self.given and length > self.width)  # virtual tokens before the text
-            self.shift = 0 if start is None or self.begun is None else start - self.begun
-        if not self.placed:
-            return None
-        column = self.seen[0] if start is None else start - self.shift
-        if id(owner) == self.leader:
-            column = self.seen[1] if start is None else column
-            self.seen = (column, column + length) if isinstance(column, int) else self.seen
-        return column
-
-    def finish(self, text: Tensor) -> None:
-        """Note where each row of the text (rows times samples, columns) ends: at its EOS, or where padding begins."""
-        new = text[:, self.given :]
-        stops = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
-        real = stops.cumsum(1) - stops.long() == 0
-        for pad in set(self.pad) - set(self.eos):
-            real &= (new == pad).flip(1).cumprod(1).flip(1) == 0
-        ends = self.width + real.sum(1)
-        self.ends = ends.amax(0, keepdim=True) if self.beams else ends
-
-    def read(self, row: Tensor, column: Tensor) -> Tensor:
-        """Whether plain decoding would have read the tokens at (row, column) of a pass: all but the text's last one."""
-        if self.ends is None:
-            return torch.ones_like(column, dtype=torch.bool)
-        ends = self.ends.to(column.device)
-        return column < (ends[row] if len(ends) > 1 else ends) - 1
-
-    def _inferred_mask(self, prompt: Tensor) -> Tensor | None:
-        """The mask that `generate` infers where none is given: padding by its id, unless that ends texts, too."""
-        pads = set(self.pad) - set(self.eos)
-        return prompt != next(iter(pads)) if pads and bool((prompt == next(iter(pads))).any()) else None
 
 
 class Pass:
@@ -180,7 +78,7 @@ class Pass:
             generation = Generation(*shape, None)
         if generation is not None and shape is not None and shape[0] % generation.rows:
             generation = None  # not this generation's batch: another model inside the call
-        start = _start(kwargs, mask, shape)
+        start = cached(kwargs, mask, shape)
         if generation is not None and shape is not None:
             start = generation.column(owner, start, shape[1], ids is None)
         return cls(shape, ids, mask, start, generation)
@@ -285,51 +183,6 @@ class Pass:
         return torch.isin(self.ids, special, invert=True)
 
 
-def _prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Any]:
-    """What `generate` is to continue, ids (rows, width) or embeddings (rows, width, d), and the mask given with it.
-
-    Without a prompt that is a BOS a row, as transformers does it; None where somebody else's generate gets none.
-    """
-    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    prompt = next((t for t in (*args[:1], *named) if isinstance(t, Tensor)), None)
-    config = getattr(model, "generation_config", None)
-    bos = _setting("bos_token_id", args, kwargs, config)
-    if prompt is None and bos is not None and _is_plain(model):
-        given = (v for name, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and not hasattr(config, name))
-        prompt = torch.full((len(next(given, [0])), 1), _numbers(bos)[0])
-    return prompt, kwargs.get("attention_mask")
-
-
-def _decoder_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Any]:
-    """What the decoder of an encoder-decoder is to continue: the start token, and decoder_input_ids where given."""
-    encoded = kwargs.get("encoder_outputs")
-    main = getattr(model, "main_input_name", "input_ids")
-    named = (kwargs.get(name) for name in ("inputs", main, "inputs_embeds"))
-    inputs = next((t for t in (*args[:1], *named, getattr(encoded, "last_hidden_state", None)) if t is not None), None)
-    config = getattr(model, "generation_config", None)
-    starts = (_setting(f"{name}_token_id", args, kwargs, config) for name in ("decoder_start", "bos"))
-    start = next((s for s in starts if s is not None), None)
-    if not isinstance(inputs, Tensor) or start is None or not _is_plain(model):
-        return None, None
-    begin = torch.as_tensor(start).reshape(-1, 1).expand(len(inputs), 1)
-    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    if ids is None and main != "input_ids":
-        ids = kwargs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return begin, mask
-    reader = getattr(getattr(model, "config", None), "encoder", None)
-    donut = any("donut" in name.lower() for name in (type(model).__name__, getattr(reader, "model_type", "")))
-    if donut or not bool((ids[:, :1] != begin.to(ids)).all()):  # else transformers puts the start token before them
-        return ids, mask
-    mask = torch.nn.functional.pad(mask, (1, 0), value=1) if isinstance(mask, Tensor) else None
-    return torch.cat([begin.to(ids), ids], dim=1), mask
-
-
-def _is_plain(model: Any) -> bool:
-    """Whether a model generates by transformers' own method, and not by one that may begin otherwise."""
-    return getattr(getattr(type(model), "generate", None), "__qualname__", "") == "GenerationMixin.generate"
-
-
 def _generating() -> bool:
     """Whether transformers' generate waits for this pass, further up in the thread."""
     frame: Any = sys._getframe()
@@ -340,48 +193,11 @@ def _generating() -> bool:
     return False
 
 
-def _setting(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> Any:
-    """What `generate` takes a setting to be: its keyword, else the first config that has one: its own, the model's."""
-    if name in kwargs:
-        return kwargs[name]
-    configs = (kwargs.get("generation_config"), *args[1:2], config)
-    return next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    """Token ids in a setting that is a number, several, a tensor, or None."""
-    if value is None:
-        return ()
-    listed = value.tolist() if isinstance(value, Tensor) else value
-    return tuple(listed) if isinstance(listed, (list, tuple)) else (listed,)
-
-
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     for value in (kwargs.get("input_ids"), *args[:1]):
         if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
             return value
     return None
-
-
-def _start(kwargs: dict[str, Any], mask: Tensor | None, shape: tuple[int, int] | None) -> int | Tensor | None:
-    """Tokens already in the cache: the column of the first token of this pass; None where nothing tells."""
-    caches = [cache for name in CACHES if (cache := kwargs.get(name)) is not None]
-    for cache in caches:
-        length = _length(cache)
-        if length is not None:
-            return length
-    before = max(mask.shape[1] - shape[1], 0) if mask is not None and shape is not None else 0
-    return before if before or not caches else None
-
-
-def _length(cache: Any) -> int | Tensor | None:
-    """Tokens in a cache; None where it does not count them, as recurrent states do not once they hold something."""
-    try:
-        length: int | Tensor = cache.get_seq_length()
-        return length.clone() if isinstance(length, Tensor) else length
-    except (AttributeError, ValueError):
-        held = getattr(cache, "has_previous_state", True)
-        return None if (held() if callable(held) else held) else 0
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

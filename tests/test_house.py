@@ -26,6 +26,7 @@ FLOORS = {
     "sae_hooks/processes.py": 1,
     "sae_hooks/sae.py": 2,
     "sae_hooks/edits.py": 2,
+    "sae_hooks/generation.py": 1,
     "sae_hooks/tokens.py": 2,
     "sae_hooks/identity.py": 3,
     "sae_hooks/records.py": 2,
