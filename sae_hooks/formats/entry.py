@@ -14,7 +14,9 @@ class Entry:
     `weights` and `config` are posix paths inside the source. `site` is where the SAE reads, `site_out` where it writes
     (the same except for transcoders). `kind` is what people call it: "resid_post", "mlp_out", "attn_out", "transcoder",
     "embedding"; "crosscoder" and "clt" are listed, but cannot be loaded. `l0` is the average number of active features
-    a token; where Gemma Scope 2 says only "small", "medium" or "big", the middle of what that word covers.
+    a token; where Gemma Scope 2 says only "small", "medium" or "big", the middle of what that word covers. `hook`:
+    the name that its config gives to where it reads, where that alone does not tell the site; `placed`: the site is
+    the caller's word.
     """
 
     dialect: str
@@ -28,6 +30,8 @@ class Entry:
     l0: float | None = None
     d_in: int | None = None
     model_name: str | None = None
+    hook: str | None = None
+    placed: bool = False
 
 
 def width_from_label(label: str) -> int:

@@ -34,7 +34,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen", "smollm", "gemma"), ("model.layers", "model.embed_tokens", LLAMA)),
 }
 KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
-         "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out"}
+         "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out",
+         "hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out"}
 
 
 def to_site(name: str, model_name: str | None = None) -> str | None:
@@ -77,13 +78,20 @@ def layer_of(site: str) -> int | None:
 
 
 def kind_of(site: str, site_out: str | None = None) -> str | None:
-    """What people call a site: "resid_post", "mlp_out", "attn_out", "embedding"; "transcoder" where two are given."""
+    """What people call a site or hook: "resid_post", "mlp_out", "attn_out", "embedding"; "transcoder" where two are
+    given."""
     if site_out not in (None, site):
         return "transcoder"
     if site.endswith("embed_tokens.output"):
         return "embedding"
     inside = re.sub(r"^.*?\b(?:layers|h|blocks)\.\d+\.", "", site)
     return KINDS.get(inside)
+
+
+def may_mean(hook: str, site: str) -> bool:
+    """Whether a hook name that to_site leaves open may mean this site: nothing that both tell of it differs."""
+    layers, kind = {layer_of(hook), layer_of(site)} - {None}, kind_of(site)
+    return len(layers) < 2 and ("hook_" not in hook or kind in (None, kind_of(hook)))
 
 
 def in_layer(site: str) -> str:

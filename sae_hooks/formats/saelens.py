@@ -56,10 +56,11 @@ def refine(entry: Entry, config: dict[str, Any]) -> Entry:
     site, site_out = recipe.site or entry.site, recipe.site_out or entry.site_out
     if entry.site and recipe.site and entry.site != recipe.site:
         raise SaeFormatError(f"the folder's name means {entry.site}, cfg.json says {recipe.site}")
-    hook = site or recipe.hook or ""
-    return replace(entry, site=site, site_out=site_out or (None if recipe.transcodes else site), layer=layer_of(hook),
-                   kind="transcoder" if recipe.transcodes else (kind_of(hook) if site else None), d_in=recipe.d_in,
-                   width=recipe.d_sae, l0=recipe.l0, model_name=recipe.model_name)
+    told = site or recipe.hook or ""
+    return replace(entry, site=site, site_out=site_out or (None if recipe.transcodes else site),
+                   layer=layer_of(told) if told else entry.layer, d_in=recipe.d_in, width=recipe.d_sae, l0=recipe.l0,
+                   kind="transcoder" if recipe.transcodes else kind_of(told), model_name=recipe.model_name,
+                   hook=None if site else recipe.hook or None)
 
 
 def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> SAE:

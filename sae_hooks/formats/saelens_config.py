@@ -34,7 +34,7 @@ OLD_FACTS = ("model_name", "hook_name", "prepend_bos", "context_size", "dataset_
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A checked cfg.json. `needs`: the tensors of the architecture; `hook`: the name as it stands there."""
+    """A checked cfg.json. `needs`: the tensors of the architecture; `hook`: where it reads, as it stands there."""
 
     architecture: str
     needs: tuple[str, ...]
@@ -81,7 +81,8 @@ def read(config: Mapping[str, Any]) -> Recipe:
     return Recipe(
         architecture=architecture, needs=ARCHITECTURES[architecture], d_in=size(cfg, "d_in"),
         d_sae=size(cfg, "d_sae"), d_out=size(cfg, "d_out" if transcodes else "d_in"), k=_k(cfg, architecture),
-        apply_b_dec=switch(cfg, "apply_b_dec_to_input", not transcodes), hook=text(facts, "hook_name"), site=site,
+        apply_b_dec=switch(cfg, "apply_b_dec_to_input", not transcodes), site=site,
+        hook=text(facts, "hook_name") or text(facts, "hf_hook_name"),
         rescale=architecture.startswith("topk") and switch(cfg, "rescale_acts_by_decoder_norm", False),
         site_out=site_out, scales=switch(cfg, "finetuning_scaling_factor", False), l0=number(facts, "l0"),
         model_name=model,

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import SaeFormatError, SaeNotFoundError
+from ..errors import SaeFormatError, SaeMismatchError, SaeNotFoundError
 from . import DIALECTS
 from .entry import Entry, width_from_label
-from .hook_names import SIDES, in_layer, kind_of, layer_of
+from .hook_names import SIDES, in_layer, kind_of, layer_of, may_mean
 
 CANONICAL_L0 = 100.0  # Gemma Scope's "canonical" SAE of a site is the one whose average L0 is nearest to this
 MULTI_LAYER = ("crosscoder", "clt")
@@ -71,15 +71,25 @@ def matches(entry: Entry, want: Wanted) -> bool:
 
 
 def placed(entry: Entry, want: Wanted) -> Entry:
-    """The entry at the site that the caller names, where nothing else tells it; any other entry unchanged."""
+    """The entry at the site that the caller names, where nothing else tells it; any other entry unchanged.
+
+    An entry whose config gives a hook name of an unknown model goes to a path that this name may mean, and to a kind
+    that it says: "blocks.3.hook_mlp_out" is never the residual stream, nor of layer 2.
+    """
     if entry.site is not None or want.site is None or entry.kind in MULTI_LAYER:
         return entry
     layer = entry.layer if entry.layer is not None else _only_layer(want)
     if want.path:
+        if entry.hook and not may_mean(entry.hook, want.path):
+            return entry
         written = entry.site_out or (None if entry.kind == "transcoder" else want.path)
-        return replace(entry, site=want.path, site_out=written, layer=layer, kind=entry.kind or kind_of(want.path))
-    sites = DIALECTS[entry.dialect].sites(want.site, layer) if entry.kind in (None, want.site) else None
-    return replace(entry, site=sites[0], site_out=sites[1], layer=layer, kind=want.site) if sites else entry
+        return replace(entry, site=want.path, site_out=written, layer=layer, kind=entry.kind or kind_of(want.path),
+                       placed=True)
+    fits = entry.kind == want.site or (entry.kind is None and entry.hook is None)
+    sites = DIALECTS[entry.dialect].sites(want.site, layer) if fits else None
+    if sites is None:
+        return entry
+    return replace(entry, site=sites[0], site_out=sites[1], layer=layer, kind=want.site, placed=True)
 
 
 def _only_layer(want: Wanted) -> int | None:
@@ -92,8 +102,8 @@ def _only_layer(want: Wanted) -> int | None:
 def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry]) -> list[Entry]:
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
-    Raises SaeNotFoundError listing what is `offered`, or where an L0 was given and of several SAEs none is known,
-    SaeFormatError where the site of what is left cannot be told.
+    One that was placed is left out where another tells its site itself. Raises SaeNotFoundError listing what is
+    `offered`, SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
     """
     fitting = [entry for entry in found if matches(entry, want)]
     if not fitting:
@@ -102,13 +112,13 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
         raise SaeFormatError(f"{where}: {fitting[0].kind} SAEs span several layers; sae_hooks loads single-layer "
                              f"ones only. It offers:\n{summary(offered)}")
     fitting = [entry for entry in fitting if entry.kind not in MULTI_LAYER]
-    lost = [entry.weights for entry in fitting if entry.site is None]
+    lost = [entry for entry in fitting if entry.site is None]
     if lost:
-        raise SaeFormatError(f"{where}: neither its name nor a config tells which site {lost[0]} was trained on; "
-                             "give site= as a module path with its side, 'model.layers.2.output', or a kind and layer=")
+        raise SaeFormatError(f"{where}: {_untold(lost[0])}")
     missing = sorted(set(want.layers or ()) - {entry.layer for entry in fitting if entry.layer is not None})
     if missing:
         raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(offered)}")
+    fitting = _best_told(fitting, want, where)
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
         best.setdefault((entry.site, entry.site_out), entry)
@@ -118,6 +128,26 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
             raise SaeNotFoundError(f"{where}: l0={want.l0:g} chooses none of several SAEs of {one.site}, for no L0 of "
                                    f"them is known; name the folder of one: {', '.join(alike)}")
     return sorted(best.values(), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
+
+
+def _best_told(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:
+    """Without what was placed where others tell that site themselves. Raises SaeMismatchError where hooks differ."""
+    told = {entry.layer for entry in fitting if not entry.placed}
+    fitting = [entry for entry in fitting if not entry.placed or entry.layer not in told]
+    hooks = sorted({entry.hook for entry in fitting if entry.placed and entry.hook})
+    if len(hooks) > 1:
+        raise SaeMismatchError(f"{where}: which of {', '.join(hooks)} is {want.site} cannot be told; name the folder "
+                               "of the one that is meant")
+    return fitting
+
+
+def _untold(entry: Entry) -> str:
+    """Why an entry has no site, and what to do."""
+    how = "give site= as a module path with its side, 'model.layers.2.output'"
+    if entry.hook:
+        return f"{entry.config} calls the site {entry.hook!r}, and which module that is depends on the model; {how}"
+    return (f"neither its name nor a config tells which site {entry.weights} was trained on; {how}, or a kind and "
+            "layer=")
 
 
 def same_site(one: str, other: str) -> bool:

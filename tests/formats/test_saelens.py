@@ -277,6 +277,20 @@ def test_the_site_is_told_where_it_is_certain(metadata, site):
     assert saelens.refine(ENTRY, cfg).site == site
 
 
+@pytest.mark.parametrize(("metadata", "told"), [
+    ({"hook_name": "blocks.7.hook_mlp_out"}, ("blocks.7.hook_mlp_out", "mlp_out", 7)),
+    ({"hook_name": "blocks.7.attn.hook_z"}, ("blocks.7.attn.hook_z", "attn_out", 7)),
+    ({"hook_name": "blocks.7.hook_mlp_in"}, ("blocks.7.hook_mlp_in", None, 7)),
+    ({"hook_name": "blocks.7.hook_resid_post"}, (None, "resid_post", 7)),
+    ({"hf_hook_name": "model.__class__.output"}, ("model.__class__.output", None, None)),
+    ({}, (None, None, 5)),
+], ids=str)
+def test_a_hook_that_tells_no_site_is_kept_with_its_layer_and_kind(metadata, told):
+    cfg = config("standard") | {"metadata": {"sae_lens_version": "6.0.0"} | metadata}
+    entry = saelens.refine(Entry(dialect="saelens", weights="layers.5/w", layer=5), cfg)
+    assert (entry.hook, entry.kind, entry.layer) == told
+
+
 def test_a_transcoder_that_does_not_say_where_it_writes_is_refused():
     cfg = config("transcoder")
     del cfg["metadata"]["hf_hook_name_out"]

@@ -2,9 +2,10 @@
 
 import pytest
 
-from sae_hooks.errors import SaeFormatError, SaeNotFoundError
+from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError
 from sae_hooks.formats import gemma_scope, gemma_scope_2
 from sae_hooks.formats.entry import Entry
+from sae_hooks.formats.hook_names import kind_of
 from sae_hooks.formats.selection import choose, may_match, placed, same_site, spans, wanted
 
 
@@ -147,6 +148,53 @@ def test_a_kind_without_a_layer_places_nothing():
 def test_a_given_site_of_another_layer_does_not_place_an_entry_of_a_known_one():
     with pytest.raises(SaeNotFoundError):
         pick([offer(20, site=None, site_out=None, kind=None)], site="model.layers.21.output")
+
+
+def hooked(hook, layer=3, **more):
+    """What cfg.json of a folder in the SAELens dialect says, where its model is unknown."""
+    return Entry(dialect="saelens", weights=hook, config="cfg.json", hook=hook, layer=layer, width=64,
+                 kind=kind_of(hook), **more)
+
+
+@pytest.mark.parametrize("asked", [
+    {"site": "resid_post"}, {"site": "resid_post", "layer": 3}, {"site": "model.layers.3.output"},
+    {"site": "model.layers.2.mlp.output"}, {"site": "model.layers.11.mlp.output"}], ids=str)
+def test_a_hook_of_an_unknown_model_is_not_handed_out_as_another_layer_or_hook(asked):
+    with pytest.raises(SaeNotFoundError, match="mlp_out: layers 3; widths 64"):
+        pick([hooked("blocks.3.hook_mlp_out")], **asked)
+
+
+def test_a_hook_of_an_unknown_model_is_told_by_its_layer_where_a_path_is_given():
+    found = [hooked(f"blocks.{n}.hook_mlp_out", n) for n in (7, 3, 5)]
+    for n in (3, 5, 7):
+        [one] = pick(found, site=f"model.layers.{n}.mlp.output")
+        assert (one.weights, one.layer, one.site) == (f"blocks.{n}.hook_mlp_out", n, f"model.layers.{n}.mlp.output")
+
+
+@pytest.mark.parametrize("site", ["net.3.output", "model.layers.3.fc2.output", "model.layers.3.mlp.output"])
+def test_a_hook_of_an_unknown_model_goes_where_a_path_says_it_is(site):
+    [one] = pick([hooked("blocks.3.hook_mlp_out")], site=site)
+    assert (one.site, one.site_out, one.kind) == (site, site, "mlp_out")
+    [one] = pick([hooked("resid_3", None)], site="model.layers.3.output")
+    assert (one.site, one.layer) == ("model.layers.3.output", 3)
+
+
+@pytest.mark.parametrize("asked", [{}, {"site": "mlp_out"}, {"site": "mlp_out", "layer": 3}], ids=str)
+def test_a_hook_that_cannot_be_translated_is_named_and_a_path_asked_for(asked):
+    with pytest.raises(SaeFormatError, match=r"cfg\.json calls the site 'blocks\.3\.hook_mlp_out'.*give site="):
+        pick([hooked("blocks.3.hook_mlp_out")], **asked)
+
+
+def test_what_tells_its_site_itself_comes_before_what_was_placed_there():
+    own = Entry(dialect="saelens", weights="own", kind="mlp_out", layer=3, width=64, l0=300.0,
+                site="model.layers.3.mlp.output", site_out="model.layers.3.mlp.output")
+    for path in ("model.layers.3.mlp.output", "layers.3.mlp.output"):
+        assert [e.weights for e in pick([hooked("blocks.3.hook_mlp_out", l0=100.0), own], site=path)] == ["own"]
+
+
+def test_of_two_hooks_that_may_both_be_the_path_none_is_guessed():
+    with pytest.raises(SaeMismatchError, match=r"which of blocks\.3\.hook_mlp_in, blocks\.3\.hook_mlp_out is .*fc2"):
+        pick([hooked("blocks.3.hook_mlp_out"), hooked("blocks.3.hook_mlp_in")], site="model.layers.3.fc2.output")
 
 
 def gemma_3(*folders, repo="google/gemma-scope-2-1b-pt"):
