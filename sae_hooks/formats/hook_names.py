@@ -11,6 +11,9 @@ import re
 SIDES = ("output", "input", "normalized")
 PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*))+")
 LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d+)\b")
+# What stands before the decoder layers of one and the same model, here and there: it names no other stack of layers.
+WRAPPERS = frozenset({"model", "language_model", "text_model", "base_model", "backbone", "transformer", "gpt_neox",
+                      "decoder", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 SAME_EVERYWHERE = {"hook_resid_post": "output", "hook_resid_pre": "input"}
 TELLING = {"attn.hook_z": "self_attn.o_proj.input", "hook_mlp_out": "post_feedforward_layernorm.output"}
@@ -96,9 +99,19 @@ def may_mean(hook: str, site: str) -> bool:
 
 def in_layer(site: str) -> str:
     """A site from its list of layers on: "layers.7.mlp.output"."""
+    return ".".join(_split(site)[1])
+
+
+def stack_of(site: str) -> list[str]:
+    """What tells a site's list of layers from others: ["encoder"] of "model.encoder.layers.7.output", else []."""
+    return [part for part in _split(site)[0] if part not in WRAPPERS]
+
+
+def _split(site: str) -> tuple[list[str], list[str]]:
+    """The parts of a site before its list of layers, and those from it on."""
     parts = site.split(".")
     at = next((i for i, part in enumerate(parts) if part in ("layers", "h", "blocks")), 0)
-    return ".".join(parts[at:])
+    return parts[:at], parts[at:]
 
 
 def _family(model_name: str | None) -> tuple[str, str, dict[str, str]] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import SaeFormatError, SaeMismatchError, SaeNotFoundError
 from . import DIALECTS
 from .entry import Entry, width_from_label
-from .hook_names import SIDES, in_layer, kind_of, layer_of, may_mean
+from .hook_names import SIDES, in_layer, kind_of, layer_of, may_mean, stack_of
 
 CANONICAL_L0 = 100.0  # Gemma Scope's "canonical" SAE of a site is the one whose average L0 is nearest to this
 MULTI_LAYER = ("crosscoder", "clt")
@@ -102,7 +102,8 @@ def _only_layer(want: Wanted) -> int | None:
 def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry]) -> list[Entry]:
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
-    One that was placed is left out where another tells its site itself. Raises SaeNotFoundError listing what is
+    One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
+    that was given. Raises SaeNotFoundError listing what is
     `offered`, SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
     """
     fitting = [entry for entry in found if matches(entry, want)]
@@ -119,6 +120,7 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     if missing:
         raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(offered)}")
     fitting = _best_told(fitting, want, where)
+    fitting = [entry for entry in fitting if want.path and entry.site == want.path] or fitting
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
         best.setdefault((entry.site, entry.site_out), entry)
@@ -153,10 +155,11 @@ def _untold(entry: Entry) -> str:
 def same_site(one: str, other: str) -> bool:
     """Whether two paths mean the same place: equal, one the end of the other, or equal from the layer on.
 
-    The last is for multimodal models, which keep "model.layers.7" as "model.language_model.layers.7".
+    The last is for multimodal models, which keep "model.layers.7" as "model.language_model.layers.7"; what stands
+    before the layer may differ by such wrappers alone: an encoder's layer is not the decoder's.
     """
     return one == other or one.endswith("." + other) or other.endswith("." + one) or (
-        layer_of(one) is not None and in_layer(one) == in_layer(other))
+        layer_of(one) is not None and in_layer(one) == in_layer(other) and stack_of(one) == stack_of(other))
 
 
 def summary(found: Sequence[Entry]) -> str:

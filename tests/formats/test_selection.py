@@ -84,9 +84,21 @@ def test_a_module_path_picks_its_site_by_suffix_or_from_the_layer_on(path):
     ("model.layers.3.output", "model.layers.3.output", True), ("model.layers.3.output", "layers.3.output", True),
     ("model.layers.3.output", "model.layers.13.output", False), ("model.layers.3.output", "layers.3.mlp.output", False),
     ("transformer.h.3.output", "h.3.output", True), ("model.layers.3.output", "model.layers.3.input", False),
-    ("embed_tokens.output", "model.embed_tokens.output", True), ("wte.output", "embed.output", False)])
+    ("embed_tokens.output", "model.embed_tokens.output", True), ("wte.output", "embed.output", False),
+    ("language_model.model.layers.3.output", "model.language_model.layers.3.output", True),
+    ("model.decoder.layers.3.output", "model.layers.3.output", True),
+    ("model.decoder.layers.3.output", "model.encoder.layers.3.output", False),
+    ("model.layers.3.output", "model.encoder.layers.3.output", False),
+    ("thinker.model.layers.3.output", "talker.model.layers.3.output", False)])
 def test_two_paths_mean_the_same_place_or_not(one, other, same):
     assert same_site(one, other) == same_site(other, one) == same
+
+
+def test_of_several_that_a_path_may_mean_the_one_at_exactly_that_path_is_taken():
+    paths = [f"{model}.layers.3.output" for model in ("model.language_model", "model", "model.visual.encoder")]
+    found = [offer(3, site=path, site_out=path) for path in paths]
+    assert [[e.site for e in pick(found, site=path)] for path in paths] == [[path] for path in paths]
+    assert [e.site for e in pick(found, site="language_model.model.layers.3.output")] == sorted(paths[:2])
 
 
 @pytest.mark.parametrize("asked", [{"layer": 99}, {"layer": [20, 99]}, {"site": "mlp_out"}, {"width": 5},
