@@ -10,6 +10,7 @@ import re
 
 SIDES = ("output", "input", "normalized")
 PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*))+")
+PLACE = re.compile(r"(?:(?!__\w+__\.)[A-Za-z0-9_-]+\.)+(?:output|input|normalized)")  # any module, but for dunder names
 LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d+)\b")
 # What stands before the decoder layers of one and the same model, here and there: it names no other stack of layers.
 WRAPPERS = frozenset({"model", "language_model", "text_model", "base_model", "backbone", "transformer", "gpt_neox",
@@ -48,7 +49,7 @@ def to_site(name: str, model_name: str | None = None) -> str | None:
     means the module's output; TransformerLens names are translated with the help of the model's name.
     """
     if name.rpartition(".")[2] in SIDES:
-        return name if PATH.fullmatch(name) else None
+        return name if PLACE.fullmatch(name) else None
     family = _family(model_name)
     if name == "hook_embed":
         return family and f"{family[1]}.output"

@@ -89,7 +89,11 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
 
 
 def dump(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU, contiguous) and the cfg.json of an SAE. Warns where SAELens has no such architecture."""
+    """The tensors (on the CPU, contiguous) and the cfg.json of an SAE. Warns where SAELens has no such architecture.
+
+    Raises SaeFormatError for what `build` would not take back: metadata that mean something else here, sites that are
+    none, tensors that are no floats.
+    """
     tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
@@ -102,14 +106,29 @@ def dump(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata |= {"sae_lens_version": VERSION, "hook_name": read_at, "hf_hook_name": sae.site}
     if "transcoder" in architecture:
         metadata |= {"hook_name_out": written_at, "hf_hook_name_out": sae.site_out}
-    config = {"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float64" if sae.dtype == torch.float64 else "float32",
-              "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
-              "reshape_activations": "hook_z" if read_at.endswith("hook_z") else "none", "architecture": architecture}
+    config: dict[str, Any] = {
+        "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float64" if sae.dtype == torch.float64 else "float32",
+        "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
+        "reshape_activations": "hook_z" if read_at.endswith("hook_z") else "none", "architecture": architecture}
     if sae.k is not None:
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+        config |= {"k": int(sae.k), "rescale_acts_by_decoder_norm": False}
     if "transcoder" in architecture:
         config["d_out"] = sae.d_out
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, config | {"metadata": metadata}
+    config |= {"metadata": metadata}
+    _check_readable(sae, tensors, config)
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, config
+
+
+def _check_readable(sae: SAE, tensors: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    try:
+        require(tensors, tensors)
+        told = refine(Entry(dialect="saelens", weights=WEIGHTS), config)
+    except SaeFormatError as error:
+        raise SaeFormatError(f"the SAE at {sae.site!r} could not be read back: {error}") from error
+    for ours, theirs in ((sae.site, told.site), (sae.site_out, told.site_out)):
+        if ours != theirs:
+            raise SaeFormatError(f"{ours!r} is not a site: a module path with its side, such as "
+                                 "'model.layers.20.output'")
 
 
 def _architecture(sae: SAE) -> str:

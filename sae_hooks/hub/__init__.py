@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,11 +17,12 @@ import torch
 
 from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from ..formats import DIALECTS, Entry, saelens
+from ..formats.hook_names import SIDES
 from ..formats.selection import choose, may_match, placed, wanted
 from ..formats.weights import warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
-from .safe_files import json_bytes, read_config, write_atomically
+from .safe_files import config_bytes, read_config, write_atomically
 from .sources import STATISTICS, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes
@@ -149,20 +152,24 @@ def save_pretrained(sae: SAE | Mapping[str, SAE], folder: str | Path) -> Path:
 
     Statistics, if the SAE has them, are written beside them; those of an SAE that was saved there before are removed
     before its weights are replaced. Each file is replaced whole or not at all, cfg.json last. A mapping {site: SAE}
-    becomes one folder a site inside.
-    Raises OSError, SaeFormatError (metadata that is no JSON); the old files are untouched then.
+    becomes one folder a site inside, and each SAE is written as the one of that site, wherever it says it belongs.
+    Raises OSError, and SaeFormatError for what load_sae would refuse (values that are not finite, metadata that is no
+    JSON, a site that is none), before anything of any SAE is written; the old files are untouched then.
     """
     folder = Path(folder)
     if isinstance(sae, Mapping):
-        for site, one in sae.items():
-            save_pretrained(one, folder / _folder_name(site))
+        named = {_folder_name(site): _at(one, site) for site, one in sae.items()}
+        for one in named.values():
+            _dumped(one)
+        for name, one in named.items():
+            save_pretrained(one, folder / name)
         return folder
-    tensors, config = saelens.dump(sae)
+    tensors, config = _dumped(sae)
     files = {}
     if sae.statistics is not None:
         files[folder / STATISTICS] = statistics_bytes(sae, sae.statistics)
     files[folder / saelens.WEIGHTS] = safetensors_bytes(tensors)
-    files[folder / saelens.CONFIG] = json_bytes(config)
+    files[folder / saelens.CONFIG] = config
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(files, remove=() if sae.statistics is not None else [folder / STATISTICS])
     return folder
@@ -281,9 +288,27 @@ def _located(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from (error.__cause__ or error)
 
 
+def _dumped(sae: SAE) -> tuple[dict[str, torch.Tensor], bytes]:
+    """The tensors and the cfg.json of an SAE. Raises SaeFormatError for what load_sae would refuse."""
+    tensors, config = saelens.dump(sae)
+    with _located(f"the SAE at {sae.site!r}"):
+        check_finite(tensors)
+        return tensors, config_bytes(config)
+
+
+def _at(sae: SAE, site: str) -> SAE:
+    """The SAE, on the same memory, as the one of the site under which it is saved; a name that is no site changes
+    nothing."""
+    if site == sae.site or site.rpartition(".")[2] not in SIDES:
+        return sae
+    one = copy.copy(sae)
+    one.site, one.site_out = site, site if sae.site_out in (None, sae.site) else sae.site_out
+    return one
+
+
 def _folder_name(site: str) -> str:
-    """A site as a folder name. Raises SaeFormatError for anything but a module path with its side."""
-    if not all(part and part.replace("_", "a").isalnum() for part in site.split(".")):
+    """A site as a folder name. Raises SaeFormatError for anything but a module path."""
+    if not re.fullmatch(r"[\w-]+(?:\.[\w-]+)*", site):
         raise SaeFormatError(f"{site!r} is not a site: a module path with its side, such as 'model.layers.20.output'")
     return site
 

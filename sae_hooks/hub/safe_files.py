@@ -56,6 +56,16 @@ def json_bytes(config: Mapping[str, Any]) -> bytes:
         raise SaeFormatError(f"metadata must be plain JSON (text, finite numbers, lists, dicts): {error}") from error
 
 
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """A config as JSON that read_config takes back. Raises SaeFormatError if it is none, or over 1 MiB."""
+    raw = json_bytes(config)
+    if len(raw) > MOST_CONFIG:
+        raise SaeFormatError(f"the config would have {len(raw)} bytes, and is read up to {MOST_CONFIG}; keep what is "
+                             "large out of the metadata")
+    parse_json(raw, "config")
+    return raw
+
+
 def check_contained(path: Path, root: Path) -> None:
     """Follow the links of `path`. Raises UnsafeFileError if that leads out of `root`, SaeFormatError for a loop.
 

@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -29,9 +31,9 @@ def equal(one, other):
                                             for n in mine)
 
 
-def topk(random_sae):
+def topk(random_sae, k=3):
     sae = random_sae(8, 16, SITE)
-    return SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=3, site=SITE)
+    return SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=k, site=SITE)
 
 
 def transcoder(random_sae):
@@ -41,7 +43,8 @@ def transcoder(random_sae):
 
 
 MAKERS = {"jumprelu": lambda r: r(8, 16, SITE), "bfloat16": lambda r: r(8, 16, SITE).to(torch.bfloat16),
-          "float64": lambda r: r(8, 16, SITE).double(), "topk": topk, "transcoder": transcoder}
+          "float64": lambda r: r(8, 16, SITE).double(), "topk": topk,
+          "k of numpy": lambda r: topk(r, np.int64(3)), "transcoder": transcoder}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -69,6 +72,50 @@ def test_many_saes_are_one_folder_a_site(tmp_path, random_sae):
 def test_a_site_that_is_no_module_path_never_becomes_a_folder(name, tmp_path, random_sae):
     with pytest.raises(SaeFormatError, match="is not a site"):
         save_pretrained({name: random_sae(8, 16, SITE)}, tmp_path / "inside")
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "transcoder"])
+def test_a_mapping_writes_each_sae_as_the_one_of_the_site_it_is_under(kind, tmp_path, random_sae):
+    sae, site = MAKERS[kind](random_sae), "model.language_model.layers.2.output"
+    before = (sae.site, sae.site_out)
+    save_pretrained({site: sae}, tmp_path)
+    again = load_sae(tmp_path, layer=2)
+    assert equal(sae, again)
+    assert (again.site, again.site_out) == (site, site if kind == "jumprelu" else "model.layers.1.mlp.output")
+    assert (sae.site, sae.site_out) == before
+
+
+@pytest.mark.parametrize("site", ["0.output", "net.blocks-1.output", "layer1.0.fc__a.input",
+                                  "model.layers.2._fsdp_wrapped_module.output"])
+def test_a_site_of_any_module_is_read_back(site, tmp_path, random_sae):
+    assert load_sae(save_pretrained(random_sae(8, 16, site), tmp_path / "one")).site == site
+    save_pretrained({site: random_sae(8, 16, SITE)}, tmp_path / "many")
+    assert load_sae(tmp_path / "many").site == site
+
+
+FLAWS = {
+    "infinite": ({"threshold": torch.full((16,), float("inf"))}, {}, SITE, "threshold has 16 NaN or infinite values"),
+    "overflown": ({"W_enc": torch.full((8, 16), 1e6).half()}, {}, SITE, "W_enc has 128 NaN or infinite values"),
+    "8 bits": ({"W_dec": torch.zeros(16, 8, dtype=torch.float8_e4m3fn)}, {}, SITE, "W_dec is float8_e4m3fn"),
+    "no side": ({}, {}, "model.layers.2", "'model.layers.2' is not a site"),
+    "dunder": ({}, {}, "model.__class__.output", "'model.__class__.output' is not a site"),
+    "a label a feature": ({}, {"labels": ["a rather long description"] * 2**16}, SITE, "read up to 1048576"),
+    "2^80": ({}, {"seed": 2**80}, SITE, "a whole number of 25 digits"),
+    "12 twice": ({}, {12: "a", "12": "b"}, SITE, "the key '12' twice"),
+    "l0 as text": ({}, {"l0": "12"}, SITE, "could not be read back: l0 must be a number"),
+    "one head": ({}, {"hook_head_index": 0}, SITE, "could not be read back: hook_head_index is 0"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_what_would_not_be_read_back_is_refused_before_anything_is_written(flaw, tmp_path, random_sae):
+    tensors, metadata, site, tells = FLAWS[flaw]
+    good = random_sae(8, 16, SITE)
+    sae = SAE(**{**dict(good.named_parameters()), **tensors}, site=site, metadata=metadata)
+    for what in (sae, {"model.layers.0.output": good, "kept-apart": sae}):
+        with pytest.raises(SaeFormatError, match=re.escape(tells)):
+            save_pretrained(what, tmp_path / "made")
     assert list(tmp_path.rglob("*")) == []
 
 
