@@ -79,9 +79,16 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], key: str = "format", value: str = "pt") -> bytes:
-    """The tensors (contiguous, on the CPU) as a .safetensors file. Its metadata has one key: safetensors writes several
-    in a different order each time, and the same content should be the same bytes."""
-    return safetensors.torch.save(tensors, metadata={key: value})
+    """The tensors (contiguous, on the CPU) as a .safetensors file; each on its own, also where they share memory. Its
+    metadata has one key: safetensors writes several in a different order each time, and the same content should be the
+    same bytes."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        at = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if at in seen else tensor
+        seen.add(at)
+    return safetensors.torch.save(own, metadata={key: value})
 
 
 # --- safetensors: 8 bytes of header length, a JSON header, then the data ------------------------------------

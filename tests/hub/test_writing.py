@@ -58,6 +58,15 @@ def test_what_is_saved_is_loaded_bit_for_bit(kind, tmp_path, random_sae):
     assert torch.equal(sae.encode(x), again.encode(x))
 
 
+@pytest.mark.parametrize("gate", ["threshold", "k"])
+def test_tensors_that_share_memory_are_saved_as_they_are(gate, tmp_path):
+    zeros = torch.zeros(24)
+    whole = {"threshold": zeros[:8]} if gate == "threshold" else {"k": 3}
+    for b_enc, b_dec in ((zeros[:8], zeros[:8]), (zeros[8:16], zeros[16:])):
+        sae = SAE(torch.randn(8, 8), b_enc, torch.randn(8, 8), b_dec, **whole, site=SITE)
+        assert equal(sae, load_sae(sae.save_pretrained(tmp_path)))
+
+
 def test_many_saes_are_one_folder_a_site(tmp_path, random_sae):
     saes = {site: random_sae(8, 16, site, seed=n) for n, site in enumerate([
         "model.layers.0.output", "model.layers.1.self_attn.o_proj.input"])}
