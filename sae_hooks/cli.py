@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from .attach import attach_saes
 from .check import Report, Row
 from .edits import Edits
-from .errors import DataError, EditError, SaeError, SaeNotFoundError
+from .errors import DataError, EditError, SaeError, SaeMismatchError, SaeNotFoundError
 from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
@@ -188,7 +188,8 @@ def convert(
 ) -> None:
     """Write SAEs of any readable format as SAELens 6 folders: cfg.json and sae_weights.safetensors.
 
-    One SAE goes into FOLDER itself, several into a folder for each site inside it. Nothing appears there before all
+    One SAE goes into FOLDER itself, several into a folder for each site inside it; of two that read at one site, each
+    has to be converted by itself. Nothing appears there before all
     have been read and written.
     """
     with busy(f"looking at {source}"):
@@ -323,8 +324,14 @@ def _say(label: str, text: str, *, headed: bool) -> None:
 
 
 def _targets(folder: Path, found: Sequence[SaeFile], force: bool) -> list[Path]:
-    """The folder of each SAE. Raises FileExistsError if there is one already, unless it may be replaced."""
+    """The folder of each SAE. Raises FileExistsError if there is one already, unless it may be replaced, and
+    SaeMismatchError where two SAEs (a transcoder is one) read at one site, and so would have one folder."""
     names = [Path(str(file.entry.site)) for file in found] if len(found) > 1 else [Path()]
+    for n, name in enumerate(names):
+        if name in names[:n]:
+            both = " and ".join(file.entry.weights for file in (found[names.index(name)], found[n]))
+            raise SaeMismatchError(f"{both} both read at {name}, and a site has one folder; convert each by itself: "
+                                   "name its folder or file as the source")
     taken = [folder / name / part for name in names for part in (saelens.CONFIG, saelens.WEIGHTS)]
     there = [path for path in taken if path.exists()]
     if there and not force:

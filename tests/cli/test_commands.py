@@ -313,6 +313,20 @@ def test_statistics_are_converted_along_and_never_stay_beside_another_sae(run, g
     assert load_sae(tmp_path / "out").statistics is None
 
 
+def test_two_saes_that_read_at_one_site_are_not_written_over_each_other(run, random_sae, tmp_path):
+    sae = random_sae(8, 16, "model.layers.2.mlp.input")
+    sae.save_pretrained(tmp_path / "two" / "sae")
+    sae.site_out = "model.layers.2.mlp.output"
+    sae.save_pretrained(tmp_path / "two" / "transcoder")
+    done = run("convert", tmp_path / "two", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "both read at model.layers.2.mlp.input" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
+    for name in ("sae", "transcoder"):
+        assert run("convert", tmp_path / "two" / name, tmp_path / "out" / name).exit_code == 0
+        assert load_sae(tmp_path / "out" / name).site_out == load_sae(tmp_path / "two" / name).site_out
+
+
 def test_a_source_that_breaks_half_way_leaves_nothing_behind(run, gemma_scope, tmp_path):
     broken = gemma_scope / "layer_4/width_4k/average_l0_80/params.npz"
     broken.write_bytes(broken.read_bytes()[:-5000])
