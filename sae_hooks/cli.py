@@ -101,7 +101,7 @@ def list_command(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(entry) for entry in chosen], indent=1))
         return
-    rows = [(e.site or f"({e.kind or 'unknown'})", e.layer, e.width, e.l0, e.d_in, e.weights) for e in chosen]
+    rows = [(e.shown, e.layer, e.width, e.l0, e.d_in, e.weights) for e in chosen]
     print_table(("site", "layer", "width", "L0", "d_in", "path"), rows)
 
 

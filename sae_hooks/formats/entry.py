@@ -16,7 +16,7 @@ class Entry:
     "embedding"; "crosscoder" and "clt" are listed, but cannot be loaded. `l0` is the average number of active features
     a token; where Gemma Scope 2 says only "small", "medium" or "big", the middle of what that word covers. `hook`:
     the name that its config gives to where it reads, where that alone does not tell the site; `placed`: the site is
-    the caller's word.
+    the caller's word. `flaw`: why its config cannot be read, where it cannot.
     """
 
     dialect: str
@@ -32,6 +32,12 @@ class Entry:
     model_name: str | None = None
     hook: str | None = None
     placed: bool = False
+    flaw: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """What a table shows as its site."""
+        return "(unreadable)" if self.flaw else self.site or f"({self.kind or 'unknown'})"
 
 
 def width_from_label(label: str) -> int:

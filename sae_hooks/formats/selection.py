@@ -76,7 +76,7 @@ def placed(entry: Entry, want: Wanted) -> Entry:
     An entry whose config gives a hook name of an unknown model goes to a path that this name may mean, and to a kind
     that it says: "blocks.3.hook_mlp_out" is never the residual stream, nor of layer 2.
     """
-    if entry.site is not None or want.site is None or entry.kind in MULTI_LAYER:
+    if entry.site is not None or want.site is None or entry.kind in MULTI_LAYER or entry.flaw:
         return entry
     layer = entry.layer if entry.layer is not None else _only_layer(want)
     if want.path:
@@ -103,10 +103,14 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
     One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
-    that was given. Raises SaeNotFoundError listing what is
+    that was given. One with a flaw is among them only where it alone is known to be at its site, or where nothing else
+    fits: what its config does not tell may be what was asked for. Raises SaeNotFoundError listing what is
     `offered`, SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
     """
-    fitting = [entry for entry in found if matches(entry, want)]
+    fitting = _readable([entry for entry in found if matches(entry, want)])
+    flawed = [entry for entry in found if entry.flaw]
+    if not fitting and flawed:
+        return flawed
     if not fitting:
         raise SaeNotFoundError(f"{where}: nothing for {_asked(want)}. It offers:\n{summary(offered)}")
     if all(entry.kind in MULTI_LAYER for entry in fitting):
@@ -130,6 +134,12 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
             raise SaeNotFoundError(f"{where}: l0={want.l0:g} chooses none of several SAEs of {one.site}, for no L0 of "
                                    f"them is known; name the folder of one: {', '.join(alike)}")
     return sorted(best.values(), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
+
+
+def _readable(fitting: list[Entry]) -> list[Entry]:
+    """Without those of unreadable configs, but for one that is alone at the site that its folder's name tells."""
+    sound = {entry.site for entry in fitting if not entry.flaw}
+    return [entry for entry in fitting if not entry.flaw or (entry.site and entry.site not in sound)]
 
 
 def _best_told(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:
@@ -165,8 +175,9 @@ def same_site(one: str, other: str) -> bool:
 def summary(found: Sequence[Entry]) -> str:
     """What a source offers, a line for each kind."""
     lines = []
-    for kind in dict.fromkeys(entry.kind for entry in found):
-        of_kind = [entry for entry in found if entry.kind == kind]
+    kinds = ["unreadable" if entry.flaw else entry.kind for entry in found]
+    for kind in dict.fromkeys(kinds):
+        of_kind = [entry for entry, told in zip(found, kinds, strict=True) if told == kind]
         layers = sorted({entry.layer for entry in of_kind if entry.layer is not None})
         widths = sorted({entry.width for entry in of_kind if entry.width is not None})
         lines.append(f"  {kind or 'unknown site'}: layers {spans(layers) or '-'}; widths "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -93,8 +94,8 @@ class SaeTable(list[Entry]):
 
     def __repr__(self) -> str:
         head = ("site", "layer", "width", "l0", "path")
-        rows = [(entry.site or f"({entry.kind or 'unknown'})", _cell(entry.layer), _cell(entry.width),
-                 _cell(entry.l0), entry.weights) for entry in self]
+        rows = [(entry.shown, _cell(entry.layer), _cell(entry.width), _cell(entry.l0), entry.weights)
+                for entry in self]
         wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip()
                          for row in (head, *rows))
@@ -109,7 +110,9 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
 
     No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"); where a repository has
     several kinds, the residual stream. `site`: "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a
-    module path with its side; `l0`: nearest wins. Raises SaeNotFoundError listing what there is, SaeDownloadError.
+    module path with its side; `l0`: nearest wins. Raises SaeNotFoundError listing what there is, SaeDownloadError;
+    SaeFormatError for a config that cannot be read, if that SAE is meant or nothing else fits. Where all layers are
+    meant, one that does not tell its site is left out with a warning.
     """
     want = wanted(layer, site, width, l0)
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -121,6 +124,12 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     told = [placed(entry, want) for entry in _refined(at, possible)]
     others = [entry for entry in offered if not may_match(entry, want)]
     chosen = choose(told, want, at.where(), told + others)
+    for entry in chosen:
+        if entry.flaw:
+            _refine(at, entry)  # raises it
+    left = [entry.flaw for entry in told if entry.flaw]
+    if left and want.layers is None and want.path is None:
+        warnings.warn(f"{len(left)} left out, as its config cannot be read: {left[0]}", SaeWarning, stacklevel=2)
     return [SaeFile(_measured(at, entry), at.where(entry.weights), at) for entry in chosen]
 
 
@@ -142,7 +151,8 @@ def load_sae(source: str | Path, *, layer: int | None = None, site: str | None =
 
 def list_saes(source: str | Path, *, revision: str | None = None, token: str | None = None,
               cache_dir: str | Path | None = None) -> SaeTable:
-    """Everything that a repository or folder offers, as a table. Reads no weights."""
+    """Everything that a repository or folder offers, as a table, what cannot be read with its `flaw`. Reads no weights.
+    """
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
     return SaeTable(_refined(at, _offered(at)))
 
@@ -232,7 +242,15 @@ def _offered(at: Source) -> list[Entry]:
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
     """The entries with what their small configs say, where names and sizes do not say enough."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda entry: _refine(at, entry), entries))
+        return list(pool.map(lambda entry: _refined_or_flawed(at, entry), entries))
+
+
+def _refined_or_flawed(at: Source, entry: Entry) -> Entry:
+    """One broken config does not take the others along."""
+    try:
+        return _refine(at, entry)
+    except (SaeFormatError, SaeNotFoundError) as error:
+        return replace(entry, flaw=str(error))
 
 
 def _refine(at: Source, entry: Entry) -> Entry:

@@ -13,7 +13,7 @@ from hub.files import D, F, arrays, write_npz
 
 from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from sae_hooks.formats import gemma_scope
-from sae_hooks.hub import find_saes, load_sae, save_pretrained
+from sae_hooks.hub import find_saes, list_saes, load_sae, save_pretrained
 from sae_hooks.hub.safe_files import read_config
 from sae_hooks.hub.weight_files import check_finite, read_tensors
 
@@ -55,6 +55,40 @@ def test_18_a_config_that_is_not_strict_json_is_refused_by_file_and_flaw(case, t
         load_sae(folder)
     assert tells in str(caught.value)
     assert str(folder / "cfg.json") in str(caught.value)
+
+
+@pytest.fixture(params=["{", '{"architecture": "matching_pursuit"}', '{"normalize_activations": "layer_norm"}'])
+def one_broken(request, tmp_path, random_sae):
+    """SAEs of layers 1 to 3 in folders of no telling names, the config of layer 1's broken."""
+    for n in (1, 2, 3):
+        save_pretrained(random_sae(D, F, f"model.layers.{n}.output"), tmp_path / "all" / f"run{n}")
+    (tmp_path / "all/run1/cfg.json").write_text(request.param)
+    return tmp_path / "all"
+
+
+def test_18_one_broken_config_takes_no_other_sae_along(one_broken):
+    for asked in ({"layer": 3}, {"site": "model.layers.3.output"}, {"site": "resid_post", "layer": 3}):
+        assert load_sae(one_broken, **asked).site == "model.layers.3.output"
+    table = list_saes(one_broken)
+    assert [bool(entry.flaw) for entry in table] == [True, False, False]
+    assert "run1/cfg.json: " in table[0].flaw
+    assert str(table).splitlines()[1].split() == ["(unreadable)", "-", "-", "-", "run1/sae_weights.safetensors"]
+    with pytest.warns(SaeWarning, match=r"1 left out, as its config cannot be read: .*run1.cfg\.json"):
+        assert [file.entry.layer for file in find_saes(one_broken)] == [2, 3]
+
+
+def test_18_a_broken_config_is_told_where_its_sae_is_meant_or_nothing_else_fits(one_broken, tmp_path):
+    for source, asked in ((one_broken / "run1", {}), (one_broken, {"layer": 1}),
+                          (one_broken, {"site": "model.layers.1.output"})):
+        with pytest.raises(SaeFormatError, match=r"run1.cfg\.json: "):
+            load_sae(source, **asked)
+    (one_broken / "run1").rename(one_broken / "model.layers.1.output")
+    for asked in ({}, {"layer": 1}, {"site": "resid_post"}):
+        with pytest.raises(SaeFormatError, match=r"model\.layers\.1\.output.cfg\.json: "):
+            find_saes(one_broken, **asked)
+    (one_broken / "run2").rename(one_broken / "model.layers.2.output")
+    shutil.copytree(one_broken / "model.layers.1.output", tmp_path / "all/old/model.layers.2.output")
+    assert load_sae(one_broken, layer=2).site == "model.layers.2.output"
 
 
 def test_18_true_is_not_a_number_and_the_key_is_named(tmp_path, random_sae):
