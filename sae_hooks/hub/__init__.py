@@ -56,6 +56,7 @@ class SaeFile:
     where: str
     source: Source = field(repr=False, compare=False)
 
+    @torch.inference_mode(False)  # what is made in inference mode can never take part in training
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
         """Fetch, check and read it, with its statistics if there are any. `dtype`: of the matrices; None keeps the
         file's. Warns of statistics that state that they are of other weights, and leaves them out.

@@ -249,6 +249,17 @@ def test_saving_over_a_file_that_is_in_use_does_not_change_what_is_loaded(tmp_pa
     assert equal(load_sae(tmp_path), second)
 
 
+def test_what_is_loaded_in_inference_mode_takes_part_in_gradients_later(tmp_path, random_sae):
+    folder = save_pretrained(random_sae(8, 16, SITE), tmp_path)
+    with torch.inference_mode():
+        sae = load_sae(folder, dtype=torch.float64)
+        assert torch.is_inference_mode_enabled()
+    x = torch.randn(3, 8, requires_grad=True)
+    sae.requires_grad_(True)(x).sum().backward()
+    assert x.grad is not None
+    assert sae.W_dec.grad is not None
+
+
 # --- push -------------------------------------------------------------------------------
 
 NUMBERS = itertools.count(1000)
