@@ -41,19 +41,38 @@ class Entry:
 
 
 def width_from_label(label: str) -> int:
-    """Number of features that a folder name means: "16k" is 2^14, "1m" is 2^20, "131k" 2^17; digits alone are exact."""
+    """Number of features that a folder name means: "16k" is 2^14, "1m" is 2^20, "131k" 2^17; digits alone are exact.
+
+    Raises ValueError for what is no label, and for one that is near no power of two: "3k" may be 3,000 or 3,072.
+    """
     found = re.fullmatch(r"(\d{1,9})([km]?)", label.lower())
     if found is None:
         raise ValueError(f"{label!r} is not a width such as '16k' or '1m'")
     number, unit = int(found[1]), found[2]
-    return number if not unit or not number else int(2 ** round(math.log2(number * {"k": 1e3, "m": 1e6}[unit])))
+    if not unit or not number:
+        return number
+    about = number * {"k": 1000, "m": 1_000_000}[unit]
+    near = 2 ** round(math.log2(about))
+    if not 0.95 < near / about < 1.05:
+        raise ValueError(f"{label!r} is near no power of two; give the number of features")
+    return int(near)
 
 
-def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_overhead: int = 8192) -> int | None:
+def told_width(label: str) -> int | None:
+    """Number of features that a folder name means, or None if it does not tell it."""
+    try:
+        return width_from_label(label)
+    except ValueError:
+        return None
+
+
+def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_overhead: int = 2048) -> int | None:
     """d_in of a float32 SAE file of `size` bytes with d_out = d_in, or None if no d_in explains the size.
 
     The file holds W_enc, W_dec (2 d F), b_enc, threshold (2 F), b_dec (d), with `affine` a skip (d d), and headers of
-    at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so from F = 2048 on the answer is unique.
+    at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so for larger F the answer is unique. Nothing
+    says that the file is what is assumed here: one of float64 looks like 2 d + 1, and no model has an odd width; a
+    compressed one can look like any.
     """
     if width is None or 8 * width <= most_overhead:
         return None
@@ -62,4 +81,4 @@ def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_o
         return None
     d_in = (math.isqrt(per_unit * per_unit + 4 * room) - per_unit) // 2 if affine else room // per_unit
     exact = 4 * (2 * d_in * width + 2 * width + d_in + (d_in * d_in if affine else 0))
-    return d_in if d_in > 0 and 0 <= size - exact <= most_overhead else None
+    return d_in if d_in > 0 and d_in % 2 == 0 and 0 <= size - exact <= most_overhead else None

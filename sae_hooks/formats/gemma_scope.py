@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SaeFormatError
 from ..sae import SAE
-from .entry import Entry, d_in_from_size, width_from_label
+from .entry import Entry, d_in_from_size, told_width
 from .weights import orient, positive, require
 
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "w_enc", "w_dec", "scaling_factor"})
@@ -71,7 +71,7 @@ def _entry(path: str, size: int, repo: str) -> Entry:
     full = f"{repo}/{path}"
     named, place = REPO.findall(full), PLACE.search(full)
     layer = int(place[1]) if place and place[1] else None
-    width = width_from_label(place[3]) if place else None
+    width = told_width(place[3]) if place else None
     kind = "embedding" if place and place[2] else KINDS[named[-1][2]] if named else None
     read, write = (kind and sites(kind, layer)) or (None, None)
     return Entry(dialect="gemma_scope", weights=path, kind=kind, site=read, site_out=write, layer=layer, width=width,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import number, switch, text
-from .entry import Entry, d_in_from_size, width_from_label
+from .entry import Entry, d_in_from_size, told_width
 from .hook_names import in_layer
 from .weights import orient, positive, require
 
@@ -40,7 +40,7 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
         if place := PLACE.search(f"{repo}/{path}"):
             found.append(_entry(path, size, repo, place, files))
         elif other := UNSUPPORTED.search(f"{repo}/{path}"):
-            found.append(Entry(dialect="gemma_scope_2", weights=path, kind=other[1], width=width_from_label(other[2]),
+            found.append(Entry(dialect="gemma_scope_2", weights=path, kind=other[1], width=told_width(other[2]),
                                model_name=_model(f"{repo}/{path}")))
     return found
 
@@ -93,7 +93,7 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
 
 
 def _entry(path: str, size: int, repo: str, place: re.Match[str], files: Mapping[str, int]) -> Entry:
-    kind, everywhere, layer, width = place[1], bool(place[2]), int(place[3]), width_from_label(place[4])
+    kind, everywhere, layer, width = place[1], bool(place[2]), int(place[3]), told_width(place[4])
     read, write = sites(kind, layer) or (None, None)
     config = path.removesuffix("params.safetensors") + "config.json"
     return Entry(dialect="gemma_scope_2", weights=path, config=config if config in files else None, kind=kind,

@@ -48,7 +48,7 @@ def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str
             raise ValueError("not finite")
     except ValueError as error:
         raise SaeNotFoundError(f"width is a number or a label such as '16k', l0 a number or 'canonical'; got "
-                               f"width={width!r}, l0={l0!r}") from error
+                               f"width={width!r}, l0={l0!r}: {error}") from error
     return Wanted(layers=layers, site=site, width=features, l0=target, l0_given=l0 not in (None, "canonical"))
 
 

@@ -26,7 +26,7 @@ from .safe_files import open_regular, parse_json
 MOST_HEADER = 2**20
 MOST_TENSORS = 1000
 MOST_BYTES = 2**38  # 256 GiB: more than any SAE has, far from what overflows
-MOST_RATIO = 100  # of declared to stored bytes; weights hardly compress
+MOST_RATIO = 100  # of declared to stored bytes in the whole file; weights hardly compress, a vector of zeros does
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -178,11 +178,12 @@ def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> list[zipfile.ZipInfo]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UnsafeFileError(f"members that occur twice: {', '.join(map(repr, twice))}")
-    for member in members:
-        most = min(MOST_BYTES, MOST_RATIO * max(member.compress_size, 1))
-        if member.file_size > most or member.compress_size > size or member.flag_bits & 1:
+    stored = min(sum(member.compress_size for member in members), size)
+    bomb = sum(member.file_size for member in members) > MOST_RATIO * stored
+    for member in sorted(members, key=lambda member: -member.file_size):
+        if bomb or member.file_size > MOST_BYTES or member.compress_size > size or member.flag_bits & 1:
             raise UnsafeFileError(f"{member.filename!r}: {member.file_size} bytes declared, {member.compress_size} "
-                                  f"stored, in a file of {size}: encrypted, or over {MOST_RATIO} to 1")
+                                  f"stored, in a file of {size}: encrypted, or the file unpacks over {MOST_RATIO} to 1")
     return members
 
 

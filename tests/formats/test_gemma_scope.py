@@ -82,6 +82,18 @@ def test_a_size_that_no_d_in_explains_proves_nothing(size):
     assert d_in_from_size(size, 16384) is None
 
 
+@pytest.mark.parametrize(("d_in", "width"), [(2304, 16384), (64, 2048)])
+def test_a_file_of_float64_proves_nothing(d_in, width):
+    assert d_in_from_size(8 * (2 * d_in * width + 2 * width + d_in) + 1500, width) is None
+
+
+@pytest.mark.parametrize("label", ["3k", "24k", "3m"])
+def test_a_label_near_no_power_of_two_tells_no_width(label):
+    with pytest.raises(ValueError, match="near no power of two; give the number"):
+        width_from_label(label)
+    assert one(RES, f"layer_20/width_{label}/average_l0_71/params.npz").width is None
+
+
 def test_a_small_width_leaves_d_in_open():
     assert d_in_from_size(4 * (2 * 16 * 64 + 2 * 64 + 16), 64) is None
 

@@ -5,6 +5,7 @@ The numbers name the kinds of faults, one a kind.
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hub.files import D, F, arrays, write_npz
 
 from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from sae_hooks.formats import gemma_scope
+from sae_hooks.formats.entry import d_in_from_size
 from sae_hooks.hub import find_saes, list_saes, load_sae, save_pretrained
 from sae_hooks.hub.safe_files import read_config
 from sae_hooks.hub.weight_files import check_finite, read_tensors
@@ -228,8 +230,26 @@ def test_24_a_file_on_the_hub_that_is_not_what_its_path_says_is_refused_when_it_
     made = repo()
     write_npz(made.dir / "layer_1/width_4k/average_l0_82/params.npz")
     [found] = find_saes(made.id, cache_dir=cache)
-    with pytest.raises(SaeFormatError, match="not what its name, size or config says: width is 32, expected 4096"):
+    with pytest.raises(SaeFormatError, match="not what its name or config says: width is 32, expected 4096"):
         found.load()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_24_a_file_on_the_hub_of_another_dtype_than_its_size_was_taken_for_is_read(dtype, repo, cache):
+    made = repo()
+    found = {name: array.astype(dtype) for name, array in arrays(d_in=64, d_sae=2048).items()}
+    write_npz(made.dir / "layer_1/width_2k/average_l0_82/params.npz", found)
+    sizes = d_in_from_size(4 * (2 * 6 * 2048 + 2 * 2048 + 6), 2048)
+    [file] = find_saes(made.id, cache_dir=cache)
+    assert (sizes, file.entry.d_in) == (6, None)
+    assert file.load().d_in == 64
+    assert replace(file, entry=replace(file.entry, d_in=sizes)).load().d_in == 64  # compressed, it may look like any
+
+
+def test_24_a_width_that_a_label_leaves_open_is_told_by_the_file(tmp_path):
+    write_npz(tmp_path / "gemma-scope-2b-pt-res/layer_1/width_3k/average_l0_82/params.npz", d_sae=3072)
+    [file] = find_saes(tmp_path / "gemma-scope-2b-pt-res")
+    assert (file.entry.width, file.load().d_sae) == (3072, 3072)
 
 
 def test_24_tensors_that_do_not_fit_are_a_mismatch_that_names_the_file(tmp_path):

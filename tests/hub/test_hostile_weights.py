@@ -193,6 +193,13 @@ def test_14_a_zip_bomb_is_told_from_the_directory(tmp_path, cheap):
         load_sae(path, site=SITE)
 
 
+def test_14_a_vector_of_zeros_is_no_bomb(tmp_path):
+    found = arrays(d_in=16, d_sae=2**15) | {"b_enc": np.zeros(2**15, np.float32)}
+    np.savez_compressed(tmp_path / "params.npz", **found)
+    assert (tmp_path / "params.npz").stat().st_size > 2**20
+    assert load_sae(tmp_path / "params.npz", site=SITE).b_enc.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("shape", [(2**20, 2**20), (2**16, 2**16)], ids=["4 TB", "16 GB"])
 def test_14_a_member_that_declares_more_than_it_has_is_unsafe(shape, tmp_path, cheap):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
