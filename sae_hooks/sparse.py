@@ -47,8 +47,8 @@ class SparseFeatures:
         return f"SparseFeatures({len(self)} tokens x {self.d_sae} features, {self.l0:.1f} active per token)"
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> SparseFeatures:
-        """The chosen rows, in the order asked for: an int, a slice, a list of numbers, or a tensor (numbers or
-        booleans)."""
+        """The chosen rows, in the order asked for: an int, a slice, a list of numbers, or a tensor or array (numbers of
+        any integer type, or booleans). Raises IndexError for rows that are not there and what chooses none."""
         picked = self._row_numbers(rows)
         starts, counts = self.indptr[picked], self.indptr[picked + 1] - self.indptr[picked]
         indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -103,14 +103,17 @@ class SparseFeatures:
 
     def _row_numbers(self, rows: int | slice | Sequence[int] | Tensor) -> Tensor:
         every = torch.arange(len(self), device=self.indptr.device)
-        if isinstance(rows, int):
-            if not -len(self) <= rows < len(self):
-                raise IndexError(f"row {rows} of {len(self)}")
-            return every[rows].reshape(1)
         if isinstance(rows, slice):
             return every[rows]
-        index = torch.as_tensor(rows, device=every.device)
-        return every[index if index.numel() else index.long()]
+        index = torch.as_tensor(rows, device=None if isinstance(rows, int) else every.device)
+        flags = index.dtype == torch.bool
+        if index.ndim > 1 or (flags and index.ndim == 0) or (index.is_floating_point() and index.numel()):
+            raise IndexError(f"rows are chosen by a number, a slice, or a row of numbers or booleans, got {rows!r}")
+        if index.ndim == 0:
+            if not -len(self) <= int(index) < len(self):
+                raise IndexError(f"row {int(index)} of {len(self)}")
+            return every[int(index)].reshape(1)
+        return every[index if flags and index.numel() else index.long()]  # torch takes uint8 for booleans
 
 
 def concatenate(parts: Sequence[SparseFeatures]) -> SparseFeatures:

@@ -55,6 +55,25 @@ def test_one_row_is_a_sparse_features_of_one_row(features, row):
     assert features[row].token_id.tolist() == [100 + row % 4]
 
 
+@pytest.mark.parametrize("row", [np.int64(3), np.uint8(3), torch.tensor(3), np.array(3), torch.tensor(-1)], ids=repr)
+def test_a_row_is_a_number_of_any_kind(features, row):
+    assert features[row].token_id.tolist() == [103]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_row_numbers_are_no_mask_in_any_integer_type(features, dtype):
+    rows = np.array([1, 0, 0, 1], dtype=dtype)
+    for given in (rows, torch.from_numpy(rows)):
+        assert features[given].token_id.tolist() == [101, 100, 100, 101]
+
+
+@pytest.mark.parametrize("rows", [True, torch.tensor(False), [1.0, 2.0], [[0, 1]], torch.tensor(4), np.int64(-5)],
+                         ids=repr)
+def test_what_chooses_no_rows_is_an_index_error(features, rows):
+    with pytest.raises(IndexError, match=r"rows are chosen by|row -?\d of 4"):
+        features[rows]
+
+
 @pytest.mark.parametrize("row", [4, -5])
 def test_a_row_that_is_not_there_is_an_index_error(features, row):
     with pytest.raises(IndexError):
