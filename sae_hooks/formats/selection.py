@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from ..errors import SaeFormatError, SaeMismatchError, SaeNotFoundError
 from . import DIALECTS
@@ -35,9 +36,10 @@ class Wanted:
 def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str | None,
            l0: float | str | None) -> Wanted:
     """Check the selectors as people give them. Raises SaeNotFoundError for what no SAE can be."""
-    layers = None if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers or ()):
+    given = None if layer is None else tuple(layer) if isinstance(layer, Iterable) else (layer,)
+    if any(isinstance(n, bool) or not isinstance(n, Integral) or n < 0 for n in given or ()):
         raise SaeNotFoundError(f"layer must be a whole number from 0 on, or several, got {layer!r}")
+    layers = None if given is None else tuple(int(n) for n in given)
     if site is not None and "." in site and site.rpartition(".")[2] not in SIDES:
         raise SaeNotFoundError(f"a site ends in .output, .input or .normalized, got {site!r}; "
                                f"do you mean {site + '.output'!r}?")
@@ -46,7 +48,7 @@ def wanted(layer: int | Iterable[int] | None, site: str | None, width: int | str
         target = CANONICAL_L0 if l0 in (None, "canonical") else float(l0)
         if not math.isfinite(target):
             raise ValueError("not finite")
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise SaeNotFoundError(f"width is a number or a label such as '16k', l0 a number or 'canonical'; got "
                                f"width={width!r}, l0={l0!r}: {error}") from error
     return Wanted(layers=layers, site=site, width=features, l0=target, l0_given=l0 not in (None, "canonical"))

@@ -1,5 +1,6 @@
 """Which SAEs are meant by layer=, site=, width=, l0=."""
 
+import numpy as np
 import pytest
 
 from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError
@@ -63,7 +64,8 @@ def test_layers_come_in_order_and_one_for_each_site():
     found = [offer(n, l0=float(l0)) for n in (10, 2, 0) for l0 in (71, 300)]
     assert [e.layer for e in pick(found)] == [0, 2, 10]
     assert [e.layer for e in pick(found, layer=[10, 0])] == [0, 10]
-    assert [e.layer for e in pick(found, layer=2)] == [2]
+    assert [e.layer for e in pick(found, layer=2)] == [e.layer for e in pick(found, layer=np.int64(2))] == [2]
+    assert [e.layer for e in pick(found, layer=np.array([10, 0]))] == [0, 10]
 
 
 def test_two_kinds_at_one_layer_are_two_sites():
@@ -110,7 +112,7 @@ def test_what_is_not_there_is_not_found_and_what_is_there_is_listed(asked):
 
 @pytest.mark.parametrize(("asked", "tells"), [
     ({"layer": True}, "whole number from 0"), ({"layer": -1}, "whole number from 0"),
-    ({"layer": ["1"]}, "whole number from 0"),
+    ({"layer": ["1"]}, "whole number from 0"), ({"layer": 1.0}, "whole number from 0"), ({"l0": [3]}, "l0 a number or"),
     ({"site": "model.layers.3"}, "do you mean 'model.layers.3.output'"), ({"width": "wide"}, "a label such as '16k'"),
     ({"l0": float("nan")}, "l0 a number or 'canonical'"), ({"l0": "few"}, "l0 a number or 'canonical'")])
 def test_a_selector_that_means_nothing_says_what_it_takes(asked, tells):
