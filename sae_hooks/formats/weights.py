@@ -15,10 +15,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Raise SaeFormatError naming every tensor that is missing, and every one that is not a plain float."""
+    """Raise SaeFormatError naming every tensor that is missing, empty, or not a plain float."""
     wrong = [f"no {name}" for name in names if name not in tensors]
     wrong += [f"{name} is {str(t.dtype).removeprefix('torch.')}; an SAE has float16, bfloat16, float32 or float64"
               for name, t in tensors.items() if t.dtype not in FLOATS]
+    wrong += [f"{name} has no values" for name, t in tensors.items() if t.numel() == 0]
     if wrong:
         raise SaeFormatError(f"{'; '.join(wrong)} (tensors: {_shapes(tensors) or 'none'})")
 

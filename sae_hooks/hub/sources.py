@@ -43,7 +43,12 @@ class Source(Protocol):
 
 def open_source(source: str | Path, *, revision: str | None = None, token: str | None = None,
                 cache_dir: str | Path | None = None) -> Source:
-    """What exists is local, and so is every Path; anything else is "owner/name" or "owner/name/folder" on the Hub."""
+    """What exists is local, and so is every Path; anything else is "owner/name" or "owner/name/folder" on the Hub.
+
+    Raises SaeNotFoundError where there is no such thing, also for "", which is not taken for the current folder.
+    """
+    if source == "":
+        raise SaeNotFoundError("the source is empty: give a folder, a file or owner/name; '.' is the current folder")
     path = Path(source).expanduser()
     if isinstance(source, Path) or path.exists() or str(source).startswith((".", "/", "~")):
         return LocalSource(path)

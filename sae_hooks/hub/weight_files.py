@@ -119,7 +119,8 @@ def _parse_header(raw: bytes) -> dict[str, dict[str, Any]]:
         if not isinstance(info["dtype"], str) or info["dtype"] not in DTYPES:
             raise SaeFormatError(f"tensor {name!r}: dtype {info['dtype']!r}, expected one of {', '.join(DTYPES)}")
         if not _naturals(info["shape"]) or not _naturals(info["data_offsets"]) or len(info["data_offsets"]) != 2:
-            raise SaeFormatError(f"tensor {name!r}: shape or data_offsets are no whole numbers: {str(info)[:200]}")
+            raise SaeFormatError(f"tensor {name!r}: shape or data_offsets are no whole numbers that can be: "
+                                 f"{str(info)[:200]}")
     return header
 
 
@@ -235,4 +236,4 @@ def _check_names(names: Collection[str], allowed: Collection[str]) -> None:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from hub.files import D, F, arrays, safetensors_file, write_npz
+from safetensors.torch import save_file
 
-from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, UnsafeFileError
+from sae_hooks.errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
 from sae_hooks.hub import load_sae, save_pretrained
 
 SITE = "model.layers.1.output"
@@ -56,6 +57,8 @@ HEADERS = {
                        f"expected {2**62 * 16} bytes"),
     "7 negative": (safetensors_file({"a": INFO | {"shape": [-2]}}, b"x" * 8), "are no whole numbers"),
     "7 true for a size": (safetensors_file({"a": INFO | {"shape": [True, 2]}}, b"x" * 8), "are no whole numbers"),
+    "7 a size beyond 64 bits": (safetensors_file({"a": INFO | {"shape": [0, 10**19], "data_offsets": [0, 0]}}),
+                                "are no whole numbers that can be"),
     "7 unknown dtype": (safetensors_file({"a": INFO | {"dtype": "F99"}}, b"x" * 8), "dtype 'F99', expected one of"),
     "8 no tensors": (safetensors_file({}), "no W_enc; no b_enc; no W_dec; no b_dec; no threshold (tensors: none)"),
     "8 an empty name": (safetensors_file({"": INFO}, b"x" * 8), "tensor ''"),
@@ -93,10 +96,17 @@ def test_4_half_a_million_tensors_cost_nothing(tmp_path, random_sae, cheap):
         load_sae(folder)
 
 
-def test_8_tensors_without_a_single_feature_are_refused(tmp_path):
-    path = write_npz(tmp_path / "params.npz", arrays(d_sae=0))
-    with pytest.raises((SaeFormatError, SaeMismatchError), match="W_enc"):
-        load_sae(path, site=SITE)
+@pytest.mark.parametrize("sizes", [{"d_sae": 0}, {"d_in": 0}], ids=str)
+def test_8_tensors_without_a_single_value_are_refused(sizes, tmp_path, random_sae):
+    path = write_npz(tmp_path / "params.npz", arrays(**sizes))
+    folder = saved(tmp_path, random_sae)
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | dict.fromkeys(("d_in", "d_sae"))))
+    save_file({name: torch.from_numpy(array) for name, array in arrays(**sizes).items()},
+              folder / "sae_weights.safetensors")
+    for source in (path, folder):
+        with pytest.raises(SaeFormatError, match=r"W_\w+ has no values; W_\w+ has no values; b_"):
+            load_sae(source, site=SITE)
 
 
 @pytest.mark.parametrize(("make", "tells"), [
@@ -110,6 +120,13 @@ def test_9_what_is_no_file_is_not_found_and_never_waited_for(make, tells, tmp_pa
     make(path)
     with cheap(), pytest.raises(SaeNotFoundError, match=tells):
         load_sae(path)
+
+
+def test_9_an_empty_source_is_not_the_current_folder(tmp_path, random_sae, monkeypatch):
+    monkeypatch.chdir(saved(tmp_path, random_sae))
+    with pytest.raises(SaeNotFoundError, match="the source is empty"):
+        load_sae("")
+    assert load_sae(".").d_in == D
 
 
 def test_9_a_device_behind_a_link_in_a_folder_is_not_read(tmp_path, cheap):
