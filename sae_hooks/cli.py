@@ -189,8 +189,7 @@ def convert(
     """Write SAEs of any readable format as SAELens 6 folders: cfg.json and sae_weights.safetensors.
 
     One SAE goes into FOLDER itself, several into a folder for each site inside it; of two that read at one site, each
-    has to be converted by itself. Nothing appears there before all
-    have been read and written.
+    has to be converted by itself. Nothing appears there before all have been read and written.
     """
     with busy(f"looking at {source}"):
         found = find_saes(source, layer=layer or None, site=site, width=width, l0=l0, revision=revision)

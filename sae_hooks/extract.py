@@ -89,8 +89,8 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
     The model runs in eval mode, only as deep as the deepest site, and is left as it was. What is open on it, such as an
     edit at another site, has its effect; features at an edited site are those of before the edit. Memory beside the
     model: one pass of tokens_per_batch positions, and tokens_per_part rows of about 24 bytes a non-zero, and twice
-    their activations if asked for. Raises DataError for a text, a token id that the model has not, and a window longer
-    than it takes; SaeAttachError without SAEs.
+    their activations if asked for. Raises DataError for a row that cannot be read or tokenised, a token id that the
+    model has not, and a window longer than it takes; EditError for a site without an SAE, SaeAttachError without SAEs.
     """
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)

@@ -204,7 +204,8 @@ class SAE(nn.Module):
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.
 
         Statistics, if there are any, stand beside them in feature_statistics.safetensors; if not, such a file is
-        removed. Each file is replaced whole or not at all. Raises OSError if the folder cannot be written.
+        removed. Each file is replaced whole or not at all. Raises OSError if the folder cannot be written,
+        SaeFormatError for what load_sae would refuse.
         """
         from .hub import save_pretrained  # upward: hub/ alone touches weights on disk
 

@@ -106,8 +106,9 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
 
     One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
     that was given. One with a flaw is among them only where it alone is known to be at its site, or where nothing else
-    fits: what its config does not tell may be what was asked for. Raises SaeNotFoundError listing what is
-    `offered`, SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
+    fits: what its config does not tell may be what was asked for. Raises SaeNotFoundError listing what is `offered`, or
+    where an L0 was given and of several SAEs none is known, SaeFormatError where the site of what is left cannot be
+    told, SaeMismatchError where several may be it.
     """
     fitting = _readable([entry for entry in found if matches(entry, want)])
     flawed = [entry for entry in found if entry.flaw]

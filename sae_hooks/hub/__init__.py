@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from warnings import warn
 
 import torch
 
@@ -86,8 +85,8 @@ class SaeFile:
                 if not of_other_weights(path, sae):
                     sae.statistics = measured
                     return
-            warn(f"{self.source.where(name)} holds the statistics of other weights than {self.where}; they are left "
-                 "out. Measure them anew and save them", SaeWarning, stacklevel=3)
+            warnings.warn(f"{self.source.where(name)} holds the statistics of other weights than {self.where}; they "
+                          "are left out. Measure them anew and save them", SaeWarning, stacklevel=3)
 
 
 class SaeTable(list[Entry]):
