@@ -87,14 +87,19 @@ class SparseFeatures:
         return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=size, check_invariants=False)
 
     def to_scipy(self) -> csr_matrix:
-        """A scipy CSR matrix (n, d_sae), on the CPU. Needs scipy (the `probes` extra)."""
+        """A scipy CSR matrix (n, d_sae), on the CPU, float32 or float64. Needs scipy (the `probes` extra)."""
         from scipy.sparse import csr_matrix
 
-        parts = (self.values.float().cpu().numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())
+        values = self.values.detach().cpu()
+        wide = values if values.dtype == torch.float64 else values.float()
+        parts = (wide.numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())
         return csr_matrix(parts, shape=(len(self), self.d_sae))
 
     def top(self, k: int) -> list[list[tuple[int, float]]]:
-        """For each row its k strongest features as (feature, activation), strongest first."""
+        """For each row its k strongest features as (feature, activation), strongest first. Raises ValueError if k is
+        below 0."""
+        if k < 0:
+            raise ValueError(f"expected k of 0 or more, got {k}")
         bounds = self.indptr.tolist()
         rows = [
             (self.indices[a:b], self.values[a:b].topk(min(k, b - a))) for a, b in pairwise(bounds)

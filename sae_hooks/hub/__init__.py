@@ -191,10 +191,14 @@ def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str
 
     Statistics of an SAE that was at the same place before, where the new one has none, are deleted in it. Makes the
     repository if needed. All or nothing, and tried again after a lost answer: the same files make no second commit.
-    Raises SaeNotFoundError, SaeDownloadError (no rights, Hub down) with the client's error as cause.
+    Raises SaeNotFoundError, SaeDownloadError (no rights, Hub down) with the client's error as cause; SaeFormatError
+    as save_pretrained does, and for a path_in_repo that is none.
     """
     from huggingface_hub import HfApi
 
+    if {"", ".", ".."} & set(path_in_repo.strip("/").split("/")) and path_in_repo.strip("/"):
+        raise SaeFormatError(f"{path_in_repo!r} is no folder of a repository: its names are parted by single slashes, "
+                             "and none is . or ..")
     api = HfApi(token=token)
     with TemporaryDirectory(prefix="sae_hooks-") as temporary:
         root = save_pretrained(sae, temporary)

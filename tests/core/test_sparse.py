@@ -36,6 +36,21 @@ def test_to_dense_to_torch_and_to_scipy_hold_the_same_values(features):
     assert np.array_equal(scipy.toarray(), DENSE.numpy())
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [
+    (torch.float64, "float64"), (torch.float32, "float32"), (torch.bfloat16, "float32")])
+def test_to_scipy_keeps_the_values_as_they_are_also_of_a_graph(dtype, kept):
+    values = made((DENSE / 3).to(dtype).requires_grad_())
+    scipy = values.to_scipy()
+    assert scipy.dtype == kept
+    assert np.array_equal(scipy.data, values.values.detach().double().numpy())
+
+
+def test_top_of_fewer_than_none_is_an_error(features):
+    assert features.top(0) == [[]] * 4
+    with pytest.raises(ValueError, match="k of 0 or more"):
+        features.top(-1)
+
+
 @pytest.mark.parametrize("rows", [
     slice(1, 3), slice(None, None, 2), slice(4, 9), [2, 0], [3, 3, 1], torch.tensor([2, 1]), torch.tensor([-1]), [],
     torch.tensor([True, False, True, False]), [False, True, False, True], torch.zeros(4, dtype=torch.bool),

@@ -271,6 +271,13 @@ def new_sae(random_sae):
     return lambda: random_sae(8, 16, SITE, seed=next(NUMBERS))
 
 
+@pytest.mark.parametrize("place", ["../x", "a/../b", "a//b", "."])
+def test_a_place_that_is_no_folder_of_a_repository_is_refused(place, random_sae, hub):
+    with pytest.raises(SaeFormatError, match="no folder of a repository"):
+        push_to_hub(random_sae(8, 16, SITE), "alice/nowhere", path_in_repo=place, token="hf_alice")
+    assert ("model", "alice/nowhere") not in hub.repos
+
+
 def commits(hub, repo_id):
     return len(hub.repos["model", repo_id].heads["main"])
 
