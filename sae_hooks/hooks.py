@@ -184,7 +184,8 @@ class PassHook:
 
     @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.runtime.begin(module, args, {**dict(zip(self.names, args, strict=False)), **kwargs})
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
+        self.runtime.begin(module, args, named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassHook:
         return _inert_pass()
