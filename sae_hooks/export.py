@@ -64,8 +64,7 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     for part in parts(read, window, overlap, tokens_per_shard):
         texts.append(_text(part))
         if part.number % processes == rank:
-            there = _present(folder, part.number, export, texts[-1])
-            _check_unchanged(folder, part.number, there, finished)
+            there = _present(folder, part.number, export, texts[-1], finished)
             entries[part.number] = there or _written(folder, part, extractor, export, dtype)
             progress(part.rows, len(part.documents))
     wait_for_all()
@@ -142,13 +141,6 @@ def _finished(folder: Path, export: str, names: set[str]) -> list[Entry]:
         raise SaeFormatError(f"{error}; delete it to have it made anew from the shards") from error
 
 
-def _check_unchanged(folder: Path, number: int, there: Entry | None, finished: Sequence[Entry]) -> None:
-    """Raise SaeFormatError if a shard is not the one that the manifest states; the new manifest would state it."""
-    if there is not None and number < len(finished) and there["sha256"] != finished[number]["sha256"]:
-        raise SaeFormatError(f"{folder / shard_name(number)} was changed since it was written: its sha256 is not the "
-                             "manifest's. Delete the shard, and run the export again to have it written again")
-
-
 def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[int, Entry]) -> None:
     """Write the manifest over all shards. Raises DataError where another process did not write one of its own."""
     if (folder / shard_name(len(texts))).exists():
@@ -170,13 +162,17 @@ def _text(part: Part) -> Digests:
     return token_checksum(*part.origins()), document_digest(_lines(part.documents))
 
 
-def _present(folder: Path, number: int, export: str, text: Digests) -> Entry | None:
-    """The entry of a shard that is there. Raises DataError if it is of another text, SaeFormatError if it is broken."""
+def _present(folder: Path, number: int, export: str, text: Digests, finished: Sequence[Entry] = ()) -> Entry | None:
+    """The entry of a shard that is there. Raises DataError if it is of another text, SaeFormatError if it is broken, or
+    not the one that the manifest of a `finished` export states: a new manifest would state it."""
     entry = read_entry(folder, number, export)
     if entry is not None and (entry["tokens"], entry["documents_sha256"]) != text:
         what = "tokens" if entry["tokens"] != text[0] else "columns"
         raise DataError(f"{folder / shard_name(number)} was made of other documents: their {what} differ. Give the "
                         "same text, or a new folder")
+    if entry is not None and number < len(finished) and entry["sha256"] != finished[number]["sha256"]:
+        raise SaeFormatError(f"{folder / shard_name(number)} was changed since it was written: its sha256 is not the "
+                             "manifest's. Delete the shard, and run the export again to have it written again")
     return entry
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .segments import dots, starts_of, triton_for
-from .tiles import cast, half_product
+from .tiles import cast, half_product, wants_gradient
 
 SCREEN_ON = ("cuda",)  # kinds of device
 SCREEN_FROM = 128  # tokens: fewer are a matter of reading the weights
@@ -22,7 +22,7 @@ def screens(x: Tensor, rows: Tensor) -> bool:
     """Whether the features (rows) of x are to be found so: of many float32 activations, no gradients wanted."""
     if x.device.type not in SCREEN_ON or len(x) < SCREEN_FROM or x.dtype != torch.float32:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad))
+    return not wants_gradient(x, rows)
 
 
 def screened(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:

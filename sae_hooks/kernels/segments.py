@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tiles import cast, wide
+from .tiles import cast, wants_gradient, wide
 
 TRITON_ON = ("cuda",)  # kinds of device
 MOST_KEPT = 0.9  # share of entries from which leaving out the others is not worth it
@@ -27,11 +27,7 @@ MOST_KEPT = 0.9  # share of entries from which leaving out the others is not wor
 def triton_for(*tensors: Tensor) -> ModuleType | None:
     """The Triton kernels, of the functions' names below, and `above`: where they run on the tensors' device, and no
     gradient is asked for, which they don't give."""
-    return _triton() if tensors[0].device.type in TRITON_ON and not _wants_gradient(*tensors) else None
-
-
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _triton() if tensors[0].device.type in TRITON_ON and not wants_gradient(*tensors) else None
 
 
 @cache
@@ -66,7 +62,7 @@ def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -
         return summed
     dtype = wide(weights, table)
     weights = cast(weights, dtype)
-    if table.device.type == "cpu" and not _wants_gradient(weights, table):
+    if table.device.type == "cpu" and not wants_gradient(weights, table):
         starts, ids, weights = _without_zeros(starts, ids, weights.detach())
         table = table.detach()  # beside a tensor that wants gradients PyTorch prepares for a backward pass
     if len(ids) == 0:

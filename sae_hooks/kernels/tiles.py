@@ -67,12 +67,16 @@ def is_one_tile(x: Tensor, d_sae: int) -> bool:
     return 0 < x.shape[0] <= tokens and x.shape[0] * d_sae <= size
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to give one of these a gradient."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
     """Whether neither autograd nor torch.compile nor torch.func must know what is done with these."""
     if torch.compiler.is_compiling():
         return False
-    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_rows, bias))
-    return not backward and all(map(is_bare, (x, W_rows, bias)))
+    return not wants_gradient(x, W_rows, bias) and all(map(is_bare, (x, W_rows, bias)))
 
 
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
@@ -159,8 +163,7 @@ def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 
 def multiplies_halves(*tensors: Tensor) -> bool:
     """Whether `half_product` may take these: on a GPU, and where no gradients are wanted, which it doesn't give."""
-    return tensors[0].device.type in HALVES_ON and not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return tensors[0].device.type in HALVES_ON and not wants_gradient(*tensors)
 
 
 def half_product(x: Tensor, rows: Tensor) -> Tensor:
