@@ -18,8 +18,11 @@ GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, an
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**17  # pre-activations so few that to look for the best way is not worth it
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
-FEW = 128  # tokens, up to which MKL is quicker with sides swapped (3 times at 4 tokens) ...
-THIN = range(5, 65)  # ... but for these, and for one, oneDNN is quicker still: twice at 16 tokens
+FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
+THIN = range(5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
+FEWEST = range(1, 4)  # ... and for these, which only read the rows, MKL from several places in them at a time:
+PLACES = 4  # a core reads half as quickly again as from one place
+MKL = torch.backends.mkl.is_available()
 ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
@@ -150,15 +153,23 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
 
 def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """affine of few tokens and many numbers in rows, on a CPU."""
-    many = rows.numel() >= 2 * LARGE
-    if ONEDNN is not None and torch.backends.mkldnn.enabled and is_untraced(x, rows, bias):  # it has no gradients
-        if x.dtype == torch.float32 and len(x) == 1 and many:
-            return ONEDNN(x, rows, bias, "none", [], "")
-        if x.dtype == torch.float32 and len(x) in THIN:
+    n = len(x)
+    if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the second has none
+        if n in FEWEST and len(rows) % PLACES == 0 and MKL:
+            return affine_from_places(x, rows, bias)
+        if n in THIN and x.dtype == torch.float32 and ONEDNN is not None and torch.backends.mkldnn.enabled:
             return ONEDNN(rows, x, None, "none", [], "").add_(bias[:, None]).T.contiguous()
-    if len(x) > 1 and many:
+    if n > 1 and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     return F.linear(x, rows, bias)
+
+
+def affine_from_places(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """affine as products of x (n, d_in) with PLACES rows each, which lie as far from each other as they can."""
+    apart = rows.view(PLACES, -1, rows.shape[1]).permute(1, 2, 0)  # (m / PLACES, d_in, PLACES)
+    biases = bias.view(PLACES, -1, 1).permute(1, 2, 0)
+    pre = torch.baddbmm(biases, x.expand(len(apart), *x.shape), apart)  # (m / PLACES, n, PLACES)
+    return pre.permute(1, 2, 0).reshape(len(x), len(rows))
 
 
 def multiplies_halves(*tensors: Tensor) -> bool:

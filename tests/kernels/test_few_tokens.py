@@ -9,7 +9,9 @@ from sae_hooks import kernels
 from sae_hooks.kernels import tiles
 
 needs_onednn = pytest.mark.skipif(tiles.ONEDNN is None, reason="this build of torch has no oneDNN")
-BY_ONEDNN, BY_MKL = (1, 5, 16, 64), (2, 4, 65, 128, 129)
+needs_mkl = pytest.mark.skipif(not tiles.MKL, reason="this build of torch has no MKL")
+BY_ONEDNN, BY_MKL = (5, 16, 64), (1, 2, 3, 4, 65, 128, 129)
+FEATURES = (70, 72)  # the second can be read from four places
 
 
 @pytest.fixture
@@ -28,72 +30,91 @@ def calls(monkeypatch):
     return seen
 
 
-def parts(n, dtype=torch.float32):
-    """x (n, 48), rows (70, 48), bias (70)."""
+def parts(n, dtype=torch.float32, m=70):
+    """x (n, 48), rows (m, 48), bias (m)."""
     random = torch.Generator().manual_seed(n)
-    return tuple(torch.randn(shape, generator=random).to(dtype) for shape in ((n, 48), (70, 48), (70,)))
+    return tuple(torch.randn(shape, generator=random).to(dtype) for shape in ((n, 48), (m, 48), (m,)))
 
 
 def product(x, rows, bias):
     return (x.double() @ rows.double().T + bias.double()).to(torch.float32)
 
 
+@pytest.fixture
+def places(monkeypatch):
+    """The tokens and rows that were given to the product that reads from several places."""
+    seen, plain = [], tiles.affine_from_places
+
+    def noted(x, rows, bias):
+        seen.append((len(x), len(rows)))
+        return plain(x, rows, bias)
+
+    monkeypatch.setattr(tiles, "affine_from_places", noted)
+    return seen
+
+
 @needs_onednn
+@needs_mkl
+@pytest.mark.parametrize("m", FEATURES)
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
-def test_it_is_the_product_whoever_makes_it(calls, n):
-    got = kernels.linear(*parts(n))
-    torch.testing.assert_close(got, product(*parts(n)), rtol=0, atol=2e-5)
+def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
+    got = kernels.linear(*parts(n, m=m))
+    torch.testing.assert_close(got, product(*parts(n, m=m)), rtol=0, atol=2e-5)
     assert got.is_contiguous()
     assert len(calls) == (n in BY_ONEDNN)
+    assert places == ([(n, m)] if n < 4 and m == 72 else [])
 
 
 @needs_onednn
-def test_small_rows_are_left_to_mkl(calls, monkeypatch):
-    monkeypatch.setattr(tiles, "LARGE", 70 * 48 + 1)
-    kernels.linear(*parts(8))
-    assert not calls
-    monkeypatch.setattr(tiles, "LARGE", 70 * 48)
-    kernels.linear(*parts(8))
-    kernels.linear(*parts(1))
-    assert len(calls) == 1
-    monkeypatch.setattr(tiles, "LARGE", 70 * 48 // 2)  # MKL is as quick with one token of rows of half that size
-    kernels.linear(*parts(1))
-    assert len(calls) == 2
+@needs_mkl
+def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
+    monkeypatch.setattr(tiles, "LARGE", 72 * 48 + 1)
+    for n in (1, 8):
+        kernels.linear(*parts(n, m=72))
+    assert not calls and not places
+    monkeypatch.setattr(tiles, "LARGE", 72 * 48)
+    for n in (1, 8):
+        kernels.linear(*parts(n, m=72))
+    assert len(calls) == 1 and places == [(1, 72)]
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
-def test_layouts_make_no_difference(calls, n):
-    x, rows, bias = parts(n)
+@pytest.mark.parametrize("m", FEATURES)
+def test_layouts_make_no_difference(calls, n, m):
+    x, rows, bias = parts(n, m=m)
     wide = torch.zeros(48, 2 * n)
     wide[:, ::2] = x.T
-    got = kernels.linear(wide.T[::2], rows.T.contiguous().T, bias)
-    torch.testing.assert_close(got, product(x, rows, bias), rtol=0, atol=2e-5)
+    biases = torch.stack([bias] * 2, dim=1)[:, 0]
+    for laid_out in (rows.T.contiguous().T, torch.cat([rows] * 2)[::2].copy_(rows)):
+        got = kernels.linear(wide.T[::2], laid_out, biases)
+        torch.testing.assert_close(got, product(x, rows, bias), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("n", [5, 16, 64])
+@pytest.mark.parametrize("n", [2, 3, 5, 16, 64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_with_its_token(calls, n, bad):
-    x, rows, bias = parts(n)
-    x[3, 7] = bad
-    got, others = kernels.linear(x, rows, bias), torch.arange(n) != 3
+    x, rows, bias = parts(n, m=72)
+    x[1, 7] = bad
+    got, others = kernels.linear(x, rows, bias), torch.arange(n) != 1
     torch.testing.assert_close(got[others], product(x, rows, bias)[others], rtol=0, atol=2e-5)
-    assert not got[3].isfinite().any()
+    assert not got[1].isfinite().any()
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
 @pytest.mark.parametrize("wanting", range(3))
-def test_gradients_are_those_of_the_product(calls, n, wanting):
+def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     """Of x, of the rows, of the bias."""
-    ours, plain = list(parts(n)), list(parts(n))
+    ours, plain = list(parts(n, m=72)), list(parts(n, m=72))
     ours[wanting].requires_grad_()
     plain[wanting].requires_grad_()
     (got,) = torch.autograd.grad(kernels.linear(*ours).square().sum(), ours[wanting])
     (want,) = torch.autograd.grad(torch.nn.functional.linear(*plain).square().sum(), plain[wanting])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
-    assert not calls
+    assert not calls and not places
     with torch.no_grad():
         kernels.linear(*ours)
     assert len(calls) == (n in BY_ONEDNN and tiles.ONEDNN is not None)
+    assert len(places) == (n < 4 and tiles.MKL)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
@@ -101,7 +122,7 @@ def test_gradients_are_those_of_the_product(calls, n, wanting):
 @pytest.mark.parametrize("moved", range(3))
 def test_tangents_are_those_of_the_product(calls, moved, n):
     """Of x, of the rows, of the bias."""
-    at, fixed = parts(n)[moved], parts(n)  # what is made within jvp carries tangents itself
+    at, fixed = parts(n, m=72)[moved], parts(n, m=72)  # what is made within jvp carries tangents itself
     along = torch.randn(at.shape, generator=torch.Generator().manual_seed(9))
 
     def of(function):
@@ -112,8 +133,9 @@ def test_tangents_are_those_of_the_product(calls, moved, n):
     assert want.any()
 
 
-def test_vmap_over_tokens_and_over_saes_is_the_product_of_each(calls):
-    x, rows, bias = (torch.stack([part] * 3) for part in parts(8))
+@pytest.mark.parametrize("n", [2, 8])
+def test_vmap_over_tokens_and_over_saes_is_the_product_of_each(calls, n):
+    x, rows, bias = (torch.stack([part] * 3) for part in parts(n, m=72))
     rows[1] *= 2
     x[2] += 1
     got = vmap(kernels.linear)(x, rows, bias)
@@ -126,8 +148,15 @@ def test_vmap_over_tokens_and_over_saes_is_the_product_of_each(calls):
 @pytest.mark.parametrize("n", [1, 8])
 def test_compiled_it_is_the_product(calls, n):
     compiled = torch.compile(kernels.linear, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(compiled(*parts(n, m=72)), product(*parts(n, m=72)), rtol=0, atol=2e-5)
     assert not calls
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_without_mkl_it_is_the_product(calls, places, n, monkeypatch):
+    monkeypatch.setattr(tiles, "MKL", False)
+    torch.testing.assert_close(kernels.linear(*parts(n, m=72)), product(*parts(n, m=72)), rtol=0, atol=2e-5)
+    assert not places
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN)
@@ -140,9 +169,9 @@ def test_without_onednn_or_where_it_is_turned_off_it_is_the_product(calls, n, mo
     assert not calls
 
 
-@pytest.mark.parametrize("n", BY_ONEDNN)
+@pytest.mark.parametrize("n", BY_ONEDNN + (1, 3))
 def test_float64_stays_float64(calls, n):
-    x, rows, bias = parts(n, torch.float64)
+    x, rows, bias = parts(n, torch.float64, m=72)
     torch.testing.assert_close(kernels.linear(x, rows, bias), x @ rows.T + bias, rtol=0, atol=1e-12)
     assert not calls
 
