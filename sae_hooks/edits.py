@@ -149,7 +149,7 @@ def check(edit: Edit, d_sae: int, others: Iterable[Edit] = ()) -> None:
 @dataclass(frozen=True)
 class Rows:
     """An edit made ready for a device: W_enc (k, d_in), b_enc (k), threshold (k), W_dec (k, d_out), gain and shift
-    (rows, k).
+    (rows, 1, k).
 
     All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode.
     """
@@ -191,15 +191,15 @@ def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
 
 
 def _spread(table: Tensor, group: int, batch: int) -> Tensor:
-    """(rows, k) -> (1 or batch, 1, k)."""
+    """(rows, 1, k) -> (1 or batch, 1, k)."""
     if table.shape[0] == 1:
-        return table.unsqueeze(1)
+        return table
     if table.shape[0] * group != batch:
         raise EditError(
             f"the edit has strengths for {len(table)} rows, the batch has {batch // group}; "
             "give a number, or one value for each row"
         )
-    return (table.repeat_interleave(group, dim=0) if group > 1 else table).unsqueeze(1)
+    return table.repeat_interleave(group, dim=0) if group > 1 else table
 
 
 def _feature(feature: Any) -> int:

@@ -126,7 +126,7 @@ class SiteHook:
 
         Untouched positions go through float32 and back, which changes no bit.
         """
-        new = x.to(torch.promote_types(x.dtype, torch.float32))
+        new = kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
             chosen = self.runtime.select(request, source, self.site.key)
@@ -139,7 +139,7 @@ class SiteHook:
             raise EditError(
                 f"{self.site}: the edited activations overflow float16; use a smaller strength, or bfloat16"
             )
-        return new.to(x.dtype)
+        return kernels.cast(new, x.dtype)
 
     def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
         """What an edit adds to x (..., d_out), before positions are chosen."""
@@ -148,7 +148,7 @@ class SiteHook:
         as_is = x.ndim == source.ndim == 3
         acts = None
         if rows.reads:
-            wide = source.to(rows.W_enc.dtype)
+            wide = kernels.cast(source, rows.W_enc.dtype)
             wide = wide if as_is else wide.reshape(batch, -1, source.shape[-1])
             acts = rows.acts(wide) if rows.threshold is not None else _topk_acts(request, wide)
         change = rows.change(acts, now.group, batch) @ rows.W_dec
@@ -304,4 +304,6 @@ def _gathered(request: EditRequest, device: torch.device, dtype: torch.dtype, na
     exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
     W_enc, b_enc, W_dec, gain, shift = (t.detach().to(device, dtype) for t in exact)
     threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(device, dtype)
-    return edits.Rows(W_enc, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads)
+    return edits.Rows(
+        W_enc, b_enc, threshold, W_dec, gain.unsqueeze(1), shift.unsqueeze(1), edit.only_if_active, edit.reads
+    )

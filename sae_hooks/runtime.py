@@ -215,24 +215,12 @@ class Runtime:
             return Pass(None, None, None, 0, None)
         return found
 
-    def special(self, device: torch.device) -> Tensor:
-        """Ids (n,) of special tokens, on a device."""
-        cache = self.local.__dict__.setdefault("special", {})
-        key = (device, self.special_ids)
-        if key not in cache:
-            cache[key] = torch.tensor(sorted(self.special_ids), dtype=torch.int64, device=device)
-        found: Tensor = cache[key]
-        return found
-
     def select(self, request: Request, x: Tensor, where: str) -> Tensor | None:
         """The positions that a request touches, boolean and shaped like x without its last dimension, or None for
         all."""
         now = self.current()
-        asked = now.chosen(request.tokens, None)
-        chosen = asked
-        if not request.special_tokens:
-            special = self.special(now.ids.device if now.ids is not None else x.device)
-            chosen = now.chosen(request.tokens, special)
+        asked = now.chosen(request.tokens)
+        chosen = asked if request.special_tokens else now.chosen(request.tokens, self.special_ids)
         chosen = None if chosen is None else fit(chosen, now, x, where)
         typical = None if request.special_tokens else request.slot.typical_norm
         if typical is not None:

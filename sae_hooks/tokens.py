@@ -8,7 +8,7 @@ comes from the call of `generate`, never from the shape of a pass.
 from __future__ import annotations
 
 import sys
-from functools import reduce
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,8 +62,7 @@ class Pass:
 
     def continues(self, owner: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a module that begins inside the model belongs to this pass: it gets the same ids, or embeddings."""
-        ids = _ids(args, kwargs)
-        return owner not in self.owners and (ids is None or ids is self.ids)
+        return owner not in self.owners and ((ids := _ids(args, kwargs)) is None or ids is self.ids)
 
     @classmethod
     def of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
@@ -90,18 +89,12 @@ class Pass:
             raise EditError(UNPLACED)
         return self._start
 
-    def chosen(self, tokens: str | Tensor, special: Tensor | None) -> Tensor | None:
-        """Boolean (batch, tokens) of the positions to touch, or None for all; special ids (n,) and padding are left
-        out.
-
-        Pass special=None to include special tokens; padding is never included.
-        """
-        key = (tokens if isinstance(tokens, str) else id(tokens), special is not None)
+    def chosen(self, tokens: str | Tensor, special: frozenset[int] = frozenset()) -> Tensor | None:
+        """Boolean (batch, tokens) of the positions to touch, or None for all; special ids and padding are left out."""
+        key = (tokens if isinstance(tokens, str) else id(tokens), special)
         if key not in self._cached:
-            parts = [self.keep(), self._tokens(tokens), self._ordinary(special)]
-            given = [part for part in parts if part is not None]
-            given = [part.to(given[-1].device) for part in given]  # a mask may stay behind where ids were moved
-            self._cached[key] = reduce(torch.logical_and, given) if given else None
+            parts = (self.chosen(tokens), self._ordinary(special)) if special else (self.keep(), self._tokens(tokens))
+            self._cached[key] = _both(*parts)
         return self._cached[key]
 
     def columns(self, device: torch.device) -> Tensor:
@@ -169,18 +162,29 @@ class Pass:
         chosen = rows[:, columns.clamp(max=whole - 1)] & (columns < whole)
         return chosen.expand(batch, length) if len(chosen) == 1 else chosen.repeat_interleave(self.group, dim=0)
 
-    def _ordinary(self, special: Tensor | None) -> Tensor | None:
-        if special is None or not len(special):
-            return None
+    def _ordinary(self, special: frozenset[int]) -> Tensor | None:
         if self.ids is None:
             raise EditError(
                 "this pass has no input_ids (inputs_embeds?), so special tokens cannot be told from others; "
                 "pass special_tokens=True to edit every position"
             )
-        few = self.ids.device.type == "cpu" and self.ids.numel() <= FEW
-        if few and set(special.tolist()).isdisjoint(self.ids.flatten().tolist()):
+        if self.ids.is_cpu and self.ids.numel() <= FEW and special.isdisjoint(self.ids.flatten().tolist()):
             return None
-        return torch.isin(self.ids, special, invert=True)
+        return torch.isin(self.ids, _on(self.ids.device, special), invert=True)
+
+
+@lru_cache(maxsize=64)
+def _on(device: torch.device, special: frozenset[int]) -> Tensor:
+    """Special ids (n,) on a device: to move them there takes longer than to compare with them."""
+    with torch.inference_mode(False):
+        return torch.tensor(sorted(special), dtype=torch.int64, device=device)
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where both are true; None is true everywhere."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.to(other.device) & other  # a mask may stay behind where ids were moved
 
 
 def _generating() -> bool:
@@ -201,5 +205,6 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:
-    if any(type(kwargs.get(name)).__name__.startswith("Paged") for name in ("past_key_values", "cache")):
-        raise SaeAttachError(PACKED)
+    for name in ("past_key_values", "cache"):
+        if type(kwargs.get(name)).__name__.startswith("Paged"):
+            raise SaeAttachError(PACKED)

@@ -22,7 +22,7 @@ FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 t
 THIN = range(5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
 FEWEST = range(1, 4)  # ... and for these, which only read the rows, MKL from several places in them at a time:
 PLACES = 4  # a core reads half as quickly again as from one place
-MKL = torch.backends.mkl.is_available()
+MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 

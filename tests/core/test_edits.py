@@ -20,7 +20,8 @@ def rows_of(made, sae):
     """The edit's k rows in float64, as the hook would pick them."""
     picked = list(made.features)
     return Rows(sae.W_enc.T[picked].double(), sae.b_enc[picked].double(), sae.threshold[picked].double(),
-                sae.W_dec[picked].double(), made.gain.double(), made.shift.double(), made.only_if_active, made.reads)
+                sae.W_dec[picked].double(), made.gain.double()[:, None], made.shift.double()[:, None],
+                made.only_if_active, made.reads)
 
 
 @pytest.mark.parametrize("only_if_active", [False, True])
@@ -60,7 +61,7 @@ def test_a_nan_row_is_changed_by_exactly_nothing():
 
 def test_each_request_gets_its_own_strength_in_every_one_of_its_beams():
     made = edit("add", SITE, {0: torch.tensor([1.0, 2.0])})
-    rows = Rows(*[torch.zeros(1, 1)] * 4, made.gain, made.shift, False, False)
+    rows = Rows(*[torch.zeros(1, 1)] * 4, made.gain[:, None], made.shift[:, None], False, False)
     assert rows.change(None, 3, 6).flatten().tolist() == [1, 1, 1, 2, 2, 2]
     with pytest.raises(EditError, match="strengths for 2 rows, the batch has 5"):
         rows.change(None, 1, 5)
@@ -69,7 +70,7 @@ def test_each_request_gets_its_own_strength_in_every_one_of_its_beams():
 def test_a_number_serves_every_row_of_any_batch():
     made = edit("clamp", SITE, {0: 7})
     assert made.values.shape == (1, 1)
-    rows = Rows(*[torch.zeros(1, 1)] * 4, made.gain, made.shift, False, True)
+    rows = Rows(*[torch.zeros(1, 1)] * 4, made.gain[:, None], made.shift[:, None], False, True)
     assert rows.change(torch.ones(5, 3, 1), 1, 5).flatten().tolist() == [6.0] * 15
 
 

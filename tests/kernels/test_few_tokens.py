@@ -71,11 +71,13 @@ def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
     monkeypatch.setattr(tiles, "LARGE", 72 * 48 + 1)
     for n in (1, 8):
         kernels.linear(*parts(n, m=72))
-    assert not calls and not places
+    assert not calls
+    assert not places
     monkeypatch.setattr(tiles, "LARGE", 72 * 48)
     for n in (1, 8):
         kernels.linear(*parts(n, m=72))
-    assert len(calls) == 1 and places == [(1, 72)]
+    assert len(calls) == 1
+    assert places == [(1, 72)]
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
@@ -110,7 +112,8 @@ def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     (got,) = torch.autograd.grad(kernels.linear(*ours).square().sum(), ours[wanting])
     (want,) = torch.autograd.grad(torch.nn.functional.linear(*plain).square().sum(), plain[wanting])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
-    assert not calls and not places
+    assert not calls
+    assert not places
     with torch.no_grad():
         kernels.linear(*ours)
     assert len(calls) == (n in BY_ONEDNN and tiles.ONEDNN is not None)
@@ -169,7 +172,7 @@ def test_without_onednn_or_where_it_is_turned_off_it_is_the_product(calls, n, mo
     assert not calls
 
 
-@pytest.mark.parametrize("n", BY_ONEDNN + (1, 3))
+@pytest.mark.parametrize("n", [*BY_ONEDNN, 1, 3])
 def test_float64_stays_float64(calls, n):
     x, rows, bias = parts(n, torch.float64, m=72)
     torch.testing.assert_close(kernels.linear(x, rows, bias), x @ rows.T + bias, rtol=0, atol=1e-12)
