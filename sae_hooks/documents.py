@@ -21,6 +21,7 @@ from .records import Row, described, records
 FIELDS = ("text", "messages", "input_ids")  # where a row's document stands, the first that it has
 DOCUMENTS_PER_CALL = 64  # a fast tokenizer spreads the texts of one call over the cores
 CHARACTERS_PER_CALL = 2**20  # bounds what a call holds where the texts are long
+FINE = ("ns]", "ps]", "fs]", "as]")  # numpy's units that are finer than a datetime's
 SENTINELS = ("0", "1")  # contents of one character that no template treats in a way of its own
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
@@ -321,7 +322,8 @@ def _covered(chat: _Chat, offsets: Sequence[tuple[int, int]]) -> Mask:
 def _json(value: Any, where: str) -> Any:
     """The value as JSON has it."""
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind == "M":
-        value = value.astype("datetime64[us]")  # finer ones make numbers, not dates
+        fine = str(value.dtype).endswith(FINE)  # these make numbers, not dates
+        value = value.astype("datetime64[us]") if fine else value
     if isinstance(value, np.generic | np.ndarray | Tensor):
         value = value.tolist()
     if isinstance(value, float | date) and value != value:  # NaN, and pandas' NaT: what data frames have for None

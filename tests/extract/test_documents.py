@@ -136,6 +136,7 @@ def test_columns_are_kept_as_json_has_them(tiny_tokenizer: Any) -> None:
                "vector": torch.tensor([[1, 2]]), "names": ("a", np.str_("b")), "inner": {"x": np.arange(2)},
                "day": date(2024, 2, 29), "time": datetime(2024, 2, 29, 1, tzinfo=UTC), "text ": "é",
                "instant": np.datetime64("2024-02-29T01:00:00.000000001"),
+               "date": np.datetime64("2024-02-29"), "month": np.datetime64("2024-02"),
                "instants": np.array(["2024-02-29", "NaT"], "datetime64[ns]")}
 
     [found] = tokenised([{"text": "a", **columns}], tiny_tokenizer)
@@ -143,7 +144,8 @@ def test_columns_are_kept_as_json_has_them(tiny_tokenizer: Any) -> None:
     assert found.columns == json.loads(json.dumps(found.columns, allow_nan=False)) == {
         "label": 3, "score": 0.5, "none": None, "flag": True, "vector": [[1, 2]], "names": ["a", "b"],
         "inner": {"x": [0, 1]}, "day": "2024-02-29", "time": "2024-02-29T01:00:00+00:00", "text ": "é",
-        "instant": "2024-02-29T01:00:00", "instants": ["2024-02-29T00:00:00", None]}
+        "instant": "2024-02-29T01:00:00", "date": "2024-02-29", "month": "2024-02-01",
+        "instants": ["2024-02-29T00:00:00", None]}
 
 
 # --- sources --------------------------------------------------------------------------------------
