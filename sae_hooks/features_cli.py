@@ -20,6 +20,7 @@ from .records import OPENERS, TEXT_FILES, records
 from .store import open_features
 from .terminal import busy, counting, print_table
 
+MOST_NAME = 255  # bytes of a file's name; a text that ends in "see README.md" may be longer
 TEXTS = "A .jsonl (.xz, .gz), .txt or .md file, a folder of the last two, or a data set: owner/name[:configuration]."
 Field = Annotated[str | None, typer.Option(
     help="Where the text stands in a row (default: text, messages or input_ids, whichever is there).")]
@@ -124,7 +125,7 @@ def own_device() -> str | None:
 
 def how_many(text: str, split: str, limit: int | None) -> int | None:
     """Documents in a file or folder; None for a data set, whose size may take a download to know."""
-    if not Path(text).exists():
+    if not os.path.exists(text):
         return limit
     count = sum(1 for _ in records(text, split=split))
     return count if limit is None else min(count, limit)
@@ -134,8 +135,9 @@ def gathered(texts: Sequence[str]) -> list[Any]:
     """Texts, and the rows of those that are files. Raises DataError for what looks like a file that is not there."""
     found: list[Any] = []
     for text in texts:
-        if Path(text).suffix in (*OPENERS, *TEXT_FILES) and not Path(text).exists():
-            raise DataError(f"there is no file {text}")
         is_file = os.path.exists(text)  # Path.exists raises where a text is too long to be a name
+        named = Path(text).suffix in (*OPENERS, *TEXT_FILES) and len(os.fsencode(Path(text).name)) <= MOST_NAME
+        if named and not is_file:
+            raise DataError(f"there is no file {text}")
         found.extend(row for _, row in records(text)) if is_file else found.append(text)
     return found

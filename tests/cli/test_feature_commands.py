@@ -87,6 +87,8 @@ def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_
     assert str(found[0]["feature"]) in done.stdout
     assert found[0]["auroc"] >= found[-1]["auroc"] >= 0.5
     assert run(*asked, "--positive", "The weather is fine today. " * 12).exit_code == 0, "longer than a file's name"
+    sentence = "The weather is fine today. " * 12 + "More of it in README.md"
+    assert run(*asked, "--positive", sentence).exit_code == 0, "longer, and ends as a file's name does"
 
 
 def test_a_file_that_is_not_there_is_no_text(run, model, one_sae):
