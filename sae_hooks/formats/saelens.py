@@ -27,14 +27,15 @@ NAMES = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_thresho
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
-    """Every folder among `files` (path -> bytes) that has both files. A folder named after a site tells it already."""
+    """Every folder among `files` (path -> bytes) with both files. A name that is a site in a layer tells it."""
     found = []
     for path in files:
         folder, _, name = path.rpartition("/")
         config = f"{folder}/{CONFIG}" if folder else CONFIG
         if name == WEIGHTS and config in files:
             last = folder.rpartition("/")[2]
-            site = to_site(last) if last.endswith(tuple("." + side for side in SIDES)) else None
+            named = last.rpartition(".")[2] in SIDES and layer_of(last) is not None  # "run-2.output" may be any name
+            site = to_site(last) if named else None
             found.append(Entry(dialect="saelens", weights=path, config=config, site=site,
                                kind=site and kind_of(site), layer=layer_of(last)))
     return found

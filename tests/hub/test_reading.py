@@ -254,6 +254,12 @@ def test_what_configs_tell_is_listed_when_nothing_matches(repo, cache, random_sa
         find_saes(made.id, layer=9, cache_dir=cache)
 
 
+@pytest.mark.parametrize("name", ["gemma-sae.output", "2.input", "my_sae.output"])
+def test_a_folder_whose_name_only_ends_as_a_site_does_tells_none(tmp_path, random_sae, name):
+    save_pretrained(random_sae(8, 16, "model.layers.3.output"), tmp_path / name)
+    assert load_sae(tmp_path).site == "model.layers.3.output"
+
+
 def forget_listings():
     import huggingface_hub._tree_cache as tree_cache
 
