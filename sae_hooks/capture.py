@@ -59,6 +59,8 @@ class Captured(Mapping[str, SparseFeatures]):
         """What the hook calls with (x, chosen, pass)."""
 
         def take(x: Tensor, chosen: Tensor, now: Pass) -> None:
+            if now.generation is not None and now.generation.guesses:
+                return  # what the text takes of them is computed again, to be verified
             if now.shape is not None and chosen.numel() != math.prod(now.shape):
                 raise SaeAttachError(
                     f"{name} gives activations {tuple(x.shape)} for tokens {now.shape}; capture needs one a token"

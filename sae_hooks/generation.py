@@ -26,8 +26,9 @@ class Generation:
     embedded: the prompt came as embeddings, so the text that comes back begins after it. eos and pad: ids that end a
     row and that fill it up. beams: rows of a pass are no rows of the text. guided: a second text is computed
     beside each. encoder: id of the module that reads an encoder-decoder's input, where all is prompt; the rest is of
-    the decoder's text. given: columns of the prompt in the text that comes back, fewer than width where the cache
-    holds the beginning. ends (rows of the text,), once known: the column after each row's last token.
+    the decoder's text. guesses: another one asks it what may come next (assistant_early_exit); its rows are no text of
+    their own. given: columns of the prompt in the text that comes back, fewer than width where the cache holds the
+    beginning. ends (rows of the text,), once known: the column after each row's last token.
 
     Where passes stand: begun, tokens in the cache before the first; leader, id of the module whose every forward is a
     pass; shift, what the cache counts beside the text's columns (prefix tuning's), found in the first pass; seen,
@@ -43,6 +44,7 @@ class Generation:
     beams: bool = False
     guided: bool = False
     encoder: int | None = None
+    guesses: bool = False
     given: int = 0
     ends: Tensor | None = None
     begun: int | Tensor | None = 0
@@ -74,6 +76,10 @@ class Generation:
         if made.keep is not None and made.given and any(kwargs.get(name) is not None for name in CACHES):
             made.width = max(made.width, made.keep.shape[1])  # only the new ids were given, with the whole text's mask
         return made
+
+    def guess_for(self, outer: Generation) -> None:
+        """Take part in the text of another generation: what that has generated so far is no prompt here either."""
+        self.guesses, self.width = True, outer.width
 
     def column(self, owner: Any, start: int | Tensor | None, length: int, embedded: bool) -> int | Tensor | None:
         """Column of the first of the `length` tokens that `owner` reads next, where the cache counts `start` before.
@@ -167,6 +173,11 @@ def _setting(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], config: A
         return kwargs[name]
     configs = (kwargs.get("generation_config"), *args[1:2], config)
     return next((value for c in configs if (value := getattr(c, name, None)) is not None), None)
+
+
+def is_assistant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a generate is called to guess for another one."""
+    return bool(_setting("is_assistant", args, kwargs, None))
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import edits, kernels, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
-from .generation import GUIDED, Generation
+from .generation import GUIDED, Generation, is_assistant
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, reconstruct
 from .tokens import PACKED, Pass
 
@@ -206,6 +206,8 @@ class GenerateHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local, before = self.runtime.local, getattr(self.runtime.local, "generation", None)
         generation = Generation.of(self.model, args, kwargs)
+        if generation is not None and before is not None and is_assistant(args, kwargs):
+            generation.guess_for(before)
         if generation is not None and generation.guided and self.runtime.active:
             raise SaeAttachError(GUIDED)
         local.generation, local.current = generation, None

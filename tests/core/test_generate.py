@@ -54,6 +54,18 @@ def test_what_an_assistant_model_guesses_is_verified_under_the_edit(case):
             holds(case, features[case.site], read(got.tolist()))
 
 
+def test_what_the_models_own_first_layers_guess_is_no_text_of_its_own(case):
+    model, prompt = case.attached(), torch.tensor(PROMPTS[:1])
+    inside = torch.tensor([i % 2 == 0 for i in range(prompt.shape[1])])
+    with model.saes.clamp(case.of_row(0), tokens=inside):
+        want = generate(model, prompt).tolist()
+    for tokens in (*CHOICES, inside):
+        with model.saes.clamp(case.of_row(0), tokens=tokens), model.saes.capture() as features:
+            got = generate(model, prompt, assistant_early_exit=2)
+        assert got.tolist() == (want if tokens is inside else [case.by_hand(0, tokens)[0]])
+        holds(case, features[case.site], read(got.tolist()))
+
+
 @pytest.mark.parametrize("mode", [*MODES, *ALONE])
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "GPT2"])
 def test_one_row_at_a_time_says_what_it_says_by_hand(architecture, mode):
