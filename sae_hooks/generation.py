@@ -31,8 +31,9 @@ class Generation:
     beginning. ends (rows of the text,), once known: the column after each row's last token.
 
     Where passes stand: begun, tokens in the cache before the first; leader, id of the module whose every forward is a
-    pass; shift, what the cache counts beside the text's columns (prefix tuning's), found in the first pass; seen,
-    columns read; placed, whether columns can be told.
+    pass; shift, what the cache counts beside the text's columns (prefix tuning's), found in the first pass or, where
+    that was not noted, what PEFT says: virtual; seen, columns read; placed, whether columns can be told; opening, that
+    of the runtime since which all passes were noted; missed, whether some before were not.
     """
 
     rows: int
@@ -52,6 +53,9 @@ class Generation:
     shift: int | Tensor = 0
     seen: tuple[int, int] = (0, 0)  # before the pass that runs, and after it
     placed: bool = True
+    virtual: int = 0
+    opening: int | None = None
+    missed: bool = False
 
     @classmethod
     def of(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation | None:
@@ -72,7 +76,7 @@ class Generation:
         made.encoder = id(model.get_encoder()) if decodes else None
         made.given = 0 if made.embedded else made.width
         made.begun = cached(kwargs, None, None)
-        made.placed = made.begun is not None
+        made.placed, made.virtual = made.begun is not None, _virtual_tokens(model)
         if made.keep is not None and made.given and any(kwargs.get(name) is not None for name in CACHES):
             made.width = max(made.width, made.keep.shape[1])  # only the new ids were given, with the whole text's mask
         return made
@@ -90,8 +94,9 @@ class Generation:
         if self.leader is None:
             self.leader = id(owner)
             self.placed &= not (embedded and self.given and length > self.width)  # virtual tokens before the text
-            self.shift = 0 if start is None or self.begun is None else start - self.begun
-        if not self.placed:
+            beside = 0 if start is None or self.begun is None else start - self.begun
+            self.shift = self.virtual if self.missed else beside
+        if not self.placed or (start is None and self.missed):
             return None
         column = self.seen[0] if start is None else start - self.shift
         if id(owner) == self.leader:
@@ -160,6 +165,12 @@ def _decoder_prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return ids, mask
     mask = torch.nn.functional.pad(mask, (1, 0), value=1) if isinstance(mask, Tensor) else None
     return torch.cat([begin.to(ids), ids], dim=1), mask
+
+
+def _virtual_tokens(model: Any) -> int:
+    """How many tokens PEFT puts before a text; while it generates it prepares the model's inputs."""
+    peft = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    return getattr(getattr(peft, "active_peft_config", None), "num_virtual_tokens", None) or 0
 
 
 def _is_plain(model: Any) -> bool:

@@ -208,6 +208,8 @@ class GenerateHook:
         generation = Generation.of(self.model, args, kwargs)
         if generation is not None and before is not None and is_assistant(args, kwargs):
             generation.guess_for(before)
+        if generation is not None and self.runtime.active:
+            generation.opening = self.runtime.openings
         if generation is not None and generation.guided and self.runtime.active:
             raise SaeAttachError(GUIDED)
         local.generation, local.current = generation, None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import edits, sites
 from .errors import EditError, SaeAttachError
+from .generation import Generation
 from .sae import SAE
 from .tokens import Pass
 
@@ -147,6 +148,7 @@ class Runtime:
 
     def __init__(self, special_ids: frozenset[int]) -> None:
         self.active = False  # the only thing a compiled graph looks at
+        self.openings = 0  # how often it became so: passes before were not noted
         self.busy: frozenset[str] = frozenset()  # sites that any open request touches, in whatever context
         self.special_ids = special_ids
         self.everywhere: tuple[Request, ...] = ()
@@ -193,6 +195,7 @@ class Runtime:
     def _refresh(self) -> None:
         requests = (*self.everywhere, *self._contexts)
         self.busy = frozenset(place.key for r in requests for place in (r.slot.read, r.slot.write))
+        self.openings += bool(requests) and not self.active
         self.active = bool(requests)
 
     def requests(self) -> tuple[Request, ...]:
@@ -204,7 +207,10 @@ class Runtime:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
         current: Pass | None = getattr(self.local, "current", None)
         if current is None or not current.continues(id(owner), args, kwargs):
-            current = self.local.current = Pass.of(owner, args, kwargs, getattr(self.local, "generation", None))
+            generation: Generation | None = getattr(self.local, "generation", None)
+            if generation is not None and generation.opening != self.openings:
+                generation.opening, generation.missed = self.openings, True
+            current = self.local.current = Pass.of(owner, args, kwargs, generation)
             self.local.stash = {}
         current.owners.add(id(owner))
 

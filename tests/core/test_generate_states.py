@@ -1,5 +1,7 @@
 """Columns where the cache does not count the text's tokens: recurrent states, virtual tokens, a text begun before."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from core.generating import LEFT, NEW, PROMPTS, WIDTH, generate, told_apart
 from core.steering import SITE
 from tiny_models import VOCABULARY, make_model, make_sae
 from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from sae_hooks import EditError, attach_saes
 
@@ -32,6 +35,21 @@ def tuned(kind):
         torch.manual_seed(0)
         config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
         return peft.get_peft_model(make_model("Llama"), config).eval()
+
+
+class AtToken(BaseStreamer):
+    """Calls a function after so many passes of generate."""
+
+    def __init__(self, passes, call):
+        self.left, self.call = passes, call
+
+    def put(self, value):
+        if self.left == 0:
+            self.call()
+        self.left -= 1  # the prompt is put before the first pass
+
+    def end(self):
+        pass
 
 
 def one_row(model, **settings):
@@ -99,6 +117,38 @@ def test_virtual_tokens_in_the_cache_are_no_columns_of_the_text():
         model.generate(input_ids=LEFT, attention_mask=(LEFT != 0).long(), max_new_tokens=NEW, do_sample=False)
     (got,) = captured.values()
     assert got.position.tolist() == [i for prompt in PROMPTS for i in range(len(prompt) + NEW - 1)]
+
+
+@pytest.mark.parametrize("make", [lambda: make_model("Llama"), lambda: tuned("PrefixTuning")], ids=["plain", "prefix"])
+def test_what_is_opened_while_a_text_is_generated_knows_where_in_it_it_stands(make):
+    model = attach_saes(make(), make_sae(32, 64, SITE, norm=1e9))
+    ids, passes = LEFT[:1], 3
+    real, later = int((ids != 0).sum()), NEW - passes
+    for tokens, count in (("prompt", 0), ("generated", later), ("all", later)):
+        opened = []
+
+        def opening(tokens=tokens, opened=opened):
+            opened.extend((model.saes.add({3: 100.0}, tokens=tokens, special_tokens=True), model.saes.capture()))
+
+        out = model.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=NEW, do_sample=False,
+                             streamer=AtToken(passes, opening))
+        edit, capture = opened
+        (got,) = capture.captured.values()
+        assert edit.positions_edited == count
+        assert got.position.tolist() == list(range(real + passes - 1, real + NEW - 1))
+        assert got.token_id.tolist() == out[0, WIDTH + passes - 1:-1].tolist()
+        with warnings.catch_warnings(action="ignore"):
+            edit.remove()
+            capture.remove()
+
+
+def test_positions_in_a_recurrent_models_text_that_was_begun_unseen_are_refused():
+    model = attach_saes(mamba(), make_sae(32, 64, f"{LAYER}.output"))
+    opened = []
+    with pytest.raises(EditError, match="positions of this pass cannot be told"):
+        one_row(model, streamer=AtToken(3, lambda: opened.append(model.saes.capture())))
+    with pytest.warns(UserWarning, match="touched no position"):
+        opened[0].remove()
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")  # PEFT drops them
