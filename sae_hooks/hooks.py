@@ -93,6 +93,9 @@ class SiteHook:
         return args, {**kwargs, place: new}
 
     def _requests(self) -> list[Request]:
+        generation: Generation | None = getattr(self.runtime.local, "generation", None)
+        if generation is not None and generation.opening != self.runtime.openings:
+            return []  # opened in the middle of a pass, whose tokens were not noted: it begins with the next one
         return [r for r in self.runtime.requests() if r.slot in self.slots]
 
     def _apply(self, x: Tensor, requests: list[Request]) -> Tensor:

@@ -142,6 +142,32 @@ def test_what_is_opened_while_a_text_is_generated_knows_where_in_it_it_stands(ma
             capture.remove()
 
 
+def test_what_is_opened_in_the_middle_of_a_generates_pass_begins_with_the_next():
+    # as another thread may open it at any moment
+    model, passes, opened = attach_saes(make_model("Llama"), make_sae(32, 64, SITE, norm=1e9)), [], []
+
+    def opening(module, args, output):
+        passes.append(output)
+        if len(passes) in (3, 6):
+            opened.extend((model.saes.add({3: 100.0}), model.saes.capture()))
+        if len(passes) == 5:
+            close()
+
+    def close():
+        for handle in opened[-2:]:
+            handle.remove()
+
+    model.model.layers[0].register_forward_hook(opening)
+    out = one_row(model)[0].tolist()
+    close()
+    prompt = len(PROMPTS[0])
+    for edit, capture, steps in ((*opened[:2], [3]), (*opened[2:], [6, 7])):
+        (got,) = capture.captured.values()
+        assert edit.positions_edited == len(steps)
+        assert got.position.tolist() == [prompt + step - 1 for step in steps]
+        assert got.token_id.tolist() == [out[prompt + step - 1] for step in steps]
+
+
 def test_positions_in_a_recurrent_models_text_that_was_begun_unseen_are_refused():
     model = attach_saes(mamba(), make_sae(32, 64, f"{LAYER}.output"))
     opened = []
