@@ -92,7 +92,8 @@ def train(
     shuffle: Shuffle = True,
     licence: Licence = None,
     data_licence: Annotated[str | None, typer.Option(help="Of the text, in your words, for the card.")] = None,
-    model_name: ModelName = None, seed: int = 0, dtype: Dtype = "auto", device: Device = None,
+    model_name: ModelName = None, seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
+    dtype: Dtype = "auto", device: Device = None,
     shards: Annotated[int, typer.Option(min=1, help=(
         "Under `accelerate launch`: so many processes share the features; groups of them share the batches."))] = 1,
     only_plan: Annotated[bool, typer.Option(

@@ -91,8 +91,10 @@ class LiveStream:
         epochs: how often the text is read (None: without end). share (i, n): this process reads the texts i, i + n,
         ..., and its batches are of every n-th row; n of them together make up what one would read, though not in its
         order. device: where batches come out; buffer_device: where the buffer lies. Raises DataError if no token is
-        ordinary, SiteError for an unknown site.
+        ordinary or the buffer holds none, SiteError for an unknown site.
         """
+        if buffer_tokens < 1:
+            raise DataError(f"a buffer of {buffer_tokens:,} tokens cannot give batches: give a larger buffer_tokens")
         opened = windows if isinstance(windows, Windows) else Windows(windows)
         config_name = getattr(getattr(model, "config", None), "_name_or_path", "")
         self.model_name = config_name if model_name is None else model_name

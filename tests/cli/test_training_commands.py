@@ -216,6 +216,9 @@ def test_saes_without_a_training_to_go_on_with_are_not_replaced(texts, one_sae):
 @pytest.mark.parametrize(("asked", "code", "told"), [
     (("--l0", "five"), 2, "is not a number"),
     (("--set", "decay"), 2, "NAME=VALUE"),
+    (("--seed", -1), 2, "Invalid value for '--seed'"),
+    (("--seed", 2**64), 2, "Invalid value for '--seed'"),
+    (("--set", "buffer_tokens=-5"), 1, "a buffer of -5 tokens"),
     (("--sparsity", "-1"), 1, "expected sparsity of 0 or more, got -1"),
     (("--set", "objective.bandwidth=-1"), 1, "expected bandwidth above 0, got -1"),
     (("--set", "decay=3"), 1, "expected decay from 0 to 1, got 3"),

@@ -140,6 +140,7 @@ def test_a_setting_that_cannot_be_is_explained(name, text, told):
     (lambda: BatchTopK(k=0), "BatchTopK: expected k above 0, got 0"),
     (lambda: BatchTopK(k=1, aux_k=-1), "expected aux_k of 0 or more"),
     (lambda: BatchTopK(k=1, forget=0), "expected forget above 0"),
+    (lambda: BatchTopK(k=1, forget=1.5), "BatchTopK: expected forget of at most 1, got 1.5"),
     (lambda: Trainee(name="a", site="b", d_sae=0), "Trainee: expected d_sae above 0, got 0"),
     (lambda: Trainee(name="a", site="b", d_sae=1, learning_rate=-1), "expected learning_rate of 0 or more"),
     (lambda: Trainee(name="a", site="b", d_sae=1, betas=(0.0, 1.0)), r"two betas .* got \(0.0, 1.0\)"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_hooks.errors import TrainingError
 from sae_hooks.kernels import Triplets, keep_largest, largest
 from sae_hooks.sae import SAE
 
@@ -88,6 +89,8 @@ class BatchTopK(TopK):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self, above_0=("forget",))
+        if self.forget > 1:
+            raise TrainingError(f"BatchTopK: expected forget of at most 1, got {self.forget}")
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """No threshold in training."""
