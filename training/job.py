@@ -155,10 +155,10 @@ class Job:
         """Fill the cache with this process' part of the shards that are not there yet."""
         some, per_shard = FirstTokens(texts, self.cache_tokens), max(1, SHARD_TOKENS // self.context)
         infos = harvest_infos(model, cache, sites, some, special, model_name=self.model_name, window=self.context,
-                              seed=self.seed, windows_per_shard=per_shard)
+                              seed=self.seed, windows_per_shard=per_shard, text=texts)
         share = self.cache_tokens // launched_share()[1]
         with tqdm(desc="harvest", unit=" tokens", total=share, disable=not progress) as bar:
-            for tokens in write_shards(model, cache, infos, some, special, windows_per_shard=per_shard):
+            for tokens in write_shards(model, cache, infos, some, special, windows_per_shard=per_shard, text=texts):
                 bar.update(tokens)
 
     def described(self, tokenizer: Any, stream: Stream) -> dict[str, Any]:

@@ -59,14 +59,16 @@ class HarvestInfo:
 
 def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows: Iterable[Window],
                   special_ids: Sequence[int], *, model_name: str, window: int, seed: int,
-                  windows_per_shard: int) -> list[HarvestInfo]:
+                  windows_per_shard: int, text: Iterable[Window] | None = None) -> list[HarvestInfo]:
     """Claim folder for a harvest of sites: what it says of each, or, where it is empty, what is measured on the first
     windows and stored there. Of several processes that measure at once, the first one's norms count for all.
 
+    text: all windows there are, where those to harvest are the first of them: so few might not tell it from others.
     Raises DataError if folder holds another harvest, or if windows has no ordinary token.
     """
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
-              "windows_per_shard": windows_per_shard, "text": _text(folder, sites, islice(windows, windows_per_shard))}
+              "windows_per_shard": windows_per_shard,
+              "text": _text(folder, sites, islice(windows if text is None else text, windows_per_shard))}
     for site in sites:
         _check_same(folder / site, stated)
     if not all((folder / site / "harvest.json").exists() for site in sites):
@@ -79,20 +81,22 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
 
 def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], windows: Iterable[Window],
                  special_ids: Sequence[int], *, windows_per_shard: int, worker: int | None = None,
-                 workers: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[int]:
+                 workers: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH,
+                 text: Iterable[Window] | None = None) -> Iterator[int]:
     """Write every shard N = worker (mod workers) that is not there yet, for all sites; yield the tokens of each.
 
     A shard holds the windows_per_shard windows after the one before, or what is left of them, and is seen whole or not
     at all, so that a harvest that was cut off goes on where it stopped. windows must be the same at each reading: a
     list, or `text.windows`; there may be more of them later, which go into further shards, after the last one as it is.
-    worker and workers are those of `accelerate launch` by default. A shard that cannot be read is written anew, with a
-    SaeWarning. Raises DataError if folder holds another harvest, or a last shard that is not full and does not say
-    where it ends, as older versions wrote it; or if a shard cannot be written (a full disk): the shards before are
-    kept, and nothing of that one.
+    text is `harvest_infos`'; worker and workers are those of `accelerate launch` by default. A shard that cannot be
+    read is written anew, with a SaeWarning. Raises DataError if folder holds another harvest, or a last shard that is
+    not full and does not say where it ends, as older versions wrote it; or if a shard cannot be written (a full disk):
+    the shards before are kept, and nothing of that one.
     """
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
-              "text": _text(folder, [i.site for i in infos], islice(windows, windows_per_shard))}
+              "text": _text(folder, [i.site for i in infos],
+                            islice(windows if text is None else text, windows_per_shard))}
     for info in infos:
         _check_same(folder / info.site, asdict(info) | stated)
     for info in infos:

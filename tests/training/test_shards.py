@@ -175,6 +175,20 @@ def test_a_harvest_of_less_than_a_shard_can_be_made_longer(
                                  windows_per_shard=9)) == [tokens]
 
 
+def test_the_first_windows_of_a_text_of_which_more_is_there_are_no_other_text(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    args = (model_with_a_sink_token, tmp_path)
+    infos = claimed(*args, windows=WINDOWS, windows_per_shard=3)
+    assert list(write_shards(*args, infos, WINDOWS, SPECIAL, windows_per_shard=3)) == [8, 3]
+
+    assert claimed(*args, windows=WINDOWS[:1], windows_per_shard=3, text=WINDOWS) == infos
+    assert not list(write_shards(*args, infos, WINDOWS[:1], SPECIAL, windows_per_shard=3, text=WINDOWS))
+
+    for other in (WINDOWS[1:], WINDOWS[:2]):
+        with pytest.raises(DataError, match="text: there"):
+            claimed(*args, windows=WINDOWS[:1], windows_per_shard=3, text=other)
+
+
 def forget_windows(folder: Path) -> None:
     """Leave a folder's shards as they were before they told their windows."""
     for path in folder.rglob("*.safetensors"):
