@@ -269,6 +269,7 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
                 if place.side == "output"
                 else place.module.register_forward_pre_hook(hook.before, with_kwargs=True)
             )
+            _order_anew(place.module._forward_hooks)
             installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
         hook = installed.hooks[str(place)]
         hook.slots.append(slot)
@@ -278,8 +279,16 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
             installed.doors.add(id(door))
             noting = PassHook(installed.runtime, _positional(door))
             handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
+            _order_anew(door._forward_pre_hooks)
             installed.undo += [partial(installed.doors.discard, id(door)), handle.remove]
     _hook_generate(model, installed, slot.read.path)
+
+
+def _order_anew(hooks: dict[int, Any]) -> None:
+    """Make the order of hooks, an OrderedDict, that of the dict beneath it, too, which moving one to the front leaves:
+    torch.compile of PyTorch 2.11 counts hooks there, and failed."""
+    for key in list(hooks):
+        hooks[key] = hooks.pop(key)
 
 
 def _doors(model: nn.Module, path: str) -> list[nn.Module]:

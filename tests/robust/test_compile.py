@@ -184,6 +184,19 @@ def test_with_nothing_open_the_whole_model_is_one_graph(model, ids, saes, backen
     assert len(graphs) == 1
 
 
+def test_hooks_lie_in_the_order_in_which_they_run_which_is_where_older_compilers_look(model, saes):
+    """An OrderedDict whose entry was moved to the front keeps it where it was in the dict beneath."""
+    theirs = [module.register_forward_hook(lambda *args: None).id for module in model.modules()]
+    theirs += [model.register_forward_pre_hook(lambda *args: None).id for _ in range(2)]
+    attach_saes(model, saes)
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks) if t]
+    assert any(len(table) > 1 and next(iter(table)) not in theirs for table in tables)
+    for table in tables:
+        assert list(dict.keys(table)) == list(table)
+        kept = [key for key in table if key in theirs]
+        assert kept == sorted(kept)
+
+
 def test_an_edit_on_a_model_compiled_as_one_graph_raises_and_is_never_lost(model, ids, saes, backend):
     attach_saes(model, saes)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
