@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sae_hooks import FeatureStatistics, attach_saes, list_saes, load_sae
 from sae_hooks.cli import TEXT
+from sae_hooks.training import job
 from sae_hooks.training.cli import app
 from sae_hooks.training.report import read_report
 
@@ -180,6 +181,16 @@ def test_several_sites_are_trained_from_a_cache_that_is_filled_once(texts, tmp_p
     done(*arguments, "--seed", 0, "--out", tmp_path / "two")
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
     assert equal(weights(tmp_path / "two" / SITE), weights(tmp_path / "one" / SITE))
+
+
+def test_a_cache_of_several_shards_serves_a_training_that_asks_for_less_than_one(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "SHARD_TOKENS", 256)
+    arguments = ("train", MODEL, "--text", texts[0], *SMALL, "--cache", tmp_path / "acts")
+    done(*arguments, *SHORT, "--cache-tokens", 600, "--out", tmp_path / "long")
+    assert len(list((tmp_path / "acts").rglob("*.safetensors"))) > 1
+    done(*arguments, *SHORT, "--cache-tokens", 100, "--out", tmp_path / "short")
+    refused = run(*arguments, *SHORT, "--cache-tokens", 100, "--text", texts[1], "--out", tmp_path / "other")
+    assert "holds another harvest" in refused.stderr
 
 
 @pytest.mark.parametrize("asked", [
