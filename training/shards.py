@@ -68,7 +68,7 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
     """
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
               "windows_per_shard": windows_per_shard,
-              "text": _text(folder, sites, islice(windows if text is None else text, windows_per_shard))}
+              "text": _text(folder, sites, windows if text is None else text, windows_per_shard)}
     for site in sites:
         _check_same(folder / site, stated)
     if not all((folder / site / "harvest.json").exists() for site in sites):
@@ -95,8 +95,7 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
     """
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
-              "text": _text(folder, [i.site for i in infos],
-                            islice(windows if text is None else text, windows_per_shard))}
+              "text": _text(folder, [i.site for i in infos], windows if text is None else text, windows_per_shard)}
     for info in infos:
         _check_same(folder / info.site, asdict(info) | stated)
     for info in infos:
@@ -292,9 +291,10 @@ def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
         raise DataError(f"{folder} holds another harvest; take a new folder ({'; '.join(other)})")
 
 
-def _text(folder: Path, sites: Sequence[str], windows: Iterable[Window]) -> str:
-    """The digest of the text that folder has, if these first windows begin with those it is of; else that of these."""
-    digests = text_digests(windows)
+def _text(folder: Path, sites: Sequence[str], windows: Iterable[Window], most: int) -> str:
+    """The digest of the text that folder has, if the first windows, `most` of them, begin with those it is of; else
+    that of these."""
+    digests = text_digests(islice(windows, most))
     there = {read_info(folder / site).text for site in sites if (folder / site / "harvest.json").exists()}
     return next((digest for digest in digests if digest in there), (digests or [""])[-1])
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sae_hooks.features_cli import how_many
 from sae_hooks.store import open_features
 
 ROWS = [{"text": "In the beginning God created the heaven and the earth.", "domain": "bible"},
@@ -89,6 +90,10 @@ def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_
     assert run(*asked, "--positive", "The weather is fine today. " * 12).exit_code == 0, "longer than a file's name"
     sentence = "The weather is fine today. " * 12 + "More of it in README.md"
     assert run(*asked, "--positive", sentence).exit_code == 0, "longer, and ends as a file's name does"
+
+
+def test_a_text_that_is_too_long_to_be_a_files_name_is_counted_as_none():
+    assert how_many("The weather is fine today. " * 12, "train", 5) == 5
 
 
 def test_a_file_that_is_not_there_is_no_text(run, model, one_sae):
