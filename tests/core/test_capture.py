@@ -35,6 +35,21 @@ def test_a_pass_is_captured_as_one_row_for_each_real_token(attached, sae):
     assert got.l0 > 1
 
 
+def test_a_pass_of_the_model_inside_after_one_that_broke_off_before_it_is_of_its_own_tokens(attached):
+    first, second = IDS[1:2, 1:], IDS[2:3, 1:]  # of one length, so that nothing but the ids tells them apart
+
+    def breaks_off(module, args):
+        raise InterruptedError
+
+    with attached.saes.capture() as captured:
+        handle = attached.register_forward_pre_hook(breaks_off)
+        with pytest.raises(InterruptedError):
+            attached(input_ids=first)
+        handle.remove()
+        attached.model(input_ids=second)
+    assert captured[SITE].token_id.tolist() == second[0].tolist() != first[0].tolist()
+
+
 def test_special_tokens_have_empty_rows_unless_asked_for(attached, sae):
     x = sample(attached, SITE, IDS, attention_mask=MASK)
     with attached.saes.capture() as without:
