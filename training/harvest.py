@@ -35,6 +35,11 @@ class SiteInfo:
     rms_norm: float
     typical_norm: float
 
+    def normalised(self, x: Tensor) -> Tensor:
+        """x / rms_norm, in x's place and with the same bits on every device: GPUs multiply by the inverse of a number,
+        but divide by a tensor."""
+        return x.div_(torch.full((), self.rms_norm, dtype=x.dtype, device=x.device))
+
 
 def padded_batches(windows: Sequence[Window], tokens: int = TOKENS_PER_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (input_ids, attention_mask), each (batch, length), of at most `tokens` positions or one window.

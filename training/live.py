@@ -130,7 +130,7 @@ class LiveStream:
             self._complain(size)
         rows, self._order = self._order[:mine].to(self._buffer_device), self._order[mine:]
         self._seen += mine
-        return {site: self._buffer[site][rows].to(self._device).float().div_(info.rms_norm)
+        return {site: info.normalised(self._buffer[site][rows].to(self._device).float())
                 for site, info in self.sites.items()}
 
     def state_dict(self) -> State:

@@ -164,8 +164,8 @@ class CachedStream:
         rows = self._advance(size)[self._share[0] :: self._share[1]]
         sorter = np.argsort(rows, kind="stable")
         back = torch.from_numpy(np.argsort(sorter)).to(self._device)
-        return {name: _gather(self._parts[name], self._ends, rows[sorter]).to(self._device)[back].float()
-                .div_(info.rms_norm) for name, info in self.sites.items()}
+        return {name: info.normalised(_gather(self._parts[name], self._ends, rows[sorter]).to(self._device)[back]
+                                      .float()) for name, info in self.sites.items()}
 
     def state_dict(self) -> State:
         """Its place, which is the same in every share."""
