@@ -74,7 +74,8 @@ Factors = dict[str, list[Factor]]
 @dataclass(frozen=True)
 class Pairs:
     """Some (token, feature) pairs of a batch, by token; rows_start (batch + 1) delimits the tokens. pre (n): detached
-    pre-activations. factors: Encoder's."""
+    pre-activations. factors: Encoder's. narrow: the dtype, if not their own, that tokens' rows are read in for
+    gradients."""
 
     rows_start: Tensor
     rows: Tensor
@@ -82,18 +83,24 @@ class Pairs:
     pre: Tensor
     d_sae: int
     factors: Factors | None
+    narrow: torch.dtype | None
 
     @property
     def batch(self) -> int:
         """Number of tokens."""
         return len(self.rows_start) - 1
 
+    def table(self, x: Tensor) -> Tensor:
+        """Tokens' rows x (batch, d) as gradients read them."""
+        return x.contiguous() if self.narrow is None else x.to(self.narrow)
+
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """(order, rows, starts): the order that sorts by feature, the tokens in it, where each feature starts. Sorted,
         each row of a weight's gradient is written once."""
         order = stable_order(self.features, self.d_sae)
-        return order, self.rows.index_select(0, order), starts_of(self.features, self.d_sae)
+        starts = starts_of(self.features.index_select(0, order), self.d_sae)
+        return order, self.rows.index_select(0, order), starts
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,24 @@ class SparseCode:
 Code = DenseCode | SparseCode
 
 
+@dataclass
+class Held:
+    """The share of the pairs that the last search held: from one step of a training to the next it changes little."""
+
+    share: float = 1.0
+
+
 @dataclass(frozen=True)
 class Encoder:
     """pre = (x - centre) @ W_enc + b_enc: W_enc (d_in, d_sae), b_enc (d_sae), centre (d_in) or None. factors: where the
-    gradients of W_enc and, of the code that comes out, of W_dec go in the sparse form, in place of the tensors' own."""
+    gradients of W_enc and, of the code that comes out, of W_dec go in the sparse form, in place of the tensors' own.
+    held: the same one in all steps of a training."""
 
     W_enc: Tensor
     b_enc: Tensor
     centre: Tensor | None = None
     factors: Factors | None = None
+    held: Held | None = None
 
     @property
     def d_sae(self) -> int:
@@ -157,7 +173,10 @@ def encode(x: Tensor, encoder: Encoder, floor: Tensor, form: Form = "auto") -> C
     "auto" takes the dense form where more of the pairs than `dense_from` says would be held.
     """
     if form == "sparse" or (form == "auto" and _is_sparse(x, encoder, floor)):
-        return _sparse(x, encoder, _pairs(_found(x, encoder, floor), len(x), encoder.d_sae, encoder.factors))
+        found = _found(x, encoder, floor)
+        if encoder.held is not None:
+            encoder.held.share = len(found[0]) / (len(x) * encoder.d_sae)
+        return _sparse(x, encoder, found)
     return DenseCode(_product(x, encoder.W_enc, encoder.bias()))
 
 
@@ -174,9 +193,12 @@ def encode_chosen(x: Tensor, encoder: Encoder, choose: Select, *, whole: bool = 
 
 def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
     """Whether few pairs are held, as some of the tokens and of the features, from all over, tell: a search in vain
-    costs as much as half of a dense step."""
-    some, which = x[::max(len(x) // PROBE, 1)], slice(None, None, max(encoder.d_sae // PROBED, 1))
+    costs as much as half of a dense step. GPUs, which would be waited for, are not asked where the last search held few
+    enough; on CPUs the answer, and so every bit, depends on this step alone."""
     most = dense_from(x.device.type, _multiplied_in(x) is not None)
+    if encoder.held is not None and encoder.held.share <= most / 2 and x.device.type != "cpu":
+        return True
+    some, which = x[::max(len(x) // PROBE, 1)], slice(None, None, max(encoder.d_sae // PROBED, 1))
     return len(_found(some, encoder, floor, which)[0]) <= most * len(some) * len(floor[which])
 
 
@@ -188,13 +210,13 @@ def _found(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None
 
 
 @torch.no_grad()
-def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Pairs:
+def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Triplets:
     bias, found = encoder.bias(), []
     for start, part in _chunks(x, chunk):
         rows, features, values = choose(_product(part, encoder.W_enc, bias))
         found.append((rows + start, features, values))
     rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _pairs((rows, features, values), len(x), encoder.d_sae, encoder.factors)
+    return rows, features, values
 
 
 def _multiplied_in(x: Tensor) -> torch.dtype | None:
@@ -215,14 +237,12 @@ def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     return ((start, x[start:start + size]) for start in range(0, len(x), size))
 
 
-def _sparse(x: Tensor, encoder: Encoder, pairs: Pairs) -> SparseCode:
+def _sparse(x: Tensor, encoder: Encoder, found: Triplets) -> SparseCode:
+    rows, features, pre = found
+    narrow = None if x.device.type == "cpu" else _multiplied_in(x)  # CPUs sum halves more slowly
+    pairs = Pairs(starts_of(rows, len(x)), rows.int(), features.int(), pre, encoder.d_sae, encoder.factors, narrow)
     pre = _Pre.apply(x, encoder.W_enc, encoder.b_enc, encoder.centre, pairs)  # type: ignore[no-untyped-call]
     return SparseCode(pre, pairs)
-
-
-def _pairs(found: Triplets, batch: int, d_sae: int, factors: Factors | None) -> Pairs:
-    rows, features, pre = found
-    return Pairs(starts_of(rows, batch), rows.int(), features.int(), pre, d_sae, factors)
 
 
 class _Pre(torch.autograd.Function):
@@ -239,7 +259,7 @@ class _Pre(torch.autograd.Function):
         (x, W_enc, centre), pairs = ctx.saved_tensors, ctx.pairs
         to_bias = grad.new_zeros(pairs.d_sae).index_add_(0, pairs.features, grad)
         to_centre = None if centre is None else -(W_enc @ to_bias)
-        to_enc = _to_rows("W_enc", pairs, grad, x if centre is None else x - centre)
+        to_enc = _to_rows("W_enc", pairs, grad, pairs.table(x if centre is None else x - centre))
         return None, None if to_enc is None else to_enc.t(), to_bias, to_centre, None
 
 
@@ -255,7 +275,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (acts, W_dec), pairs = ctx.saved_tensors, ctx.pairs
-        to_acts = None
+        grad, to_acts = pairs.table(grad), None
         if ctx.needs_input_grad[0]:  # by feature: the rows that lie apart are grad's, which a cache holds sooner
             order, rows, starts = pairs.by_feature
             features = pairs.features.index_select(0, order)
@@ -267,7 +287,7 @@ def _to_rows(name: str, pairs: Pairs, weights: Tensor, table: Tensor) -> Tensor 
     """The gradient (d_sae, d) whose row i is the sum of the weight times the token's row of table (batch, d) over the
     pairs of feature i; None, and its factors where they go, if somebody wants those."""
     order, rows, starts = pairs.by_feature
-    factor = Factor(starts, rows, weights.index_select(0, order), table.contiguous())
+    factor = Factor(starts, rows, weights.index_select(0, order), table)
     if pairs.factors is None:
         return weighted_sums(*factor)
     pairs.factors.setdefault(name, []).append(factor)

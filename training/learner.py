@@ -17,6 +17,7 @@ from sae_hooks.errors import DataError, TrainingError
 from sae_hooks.kernels import remove_along
 from sae_hooks.sae import SAE
 
+from .codes import Held
 from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
 from .objectives.base import expect, like
@@ -123,7 +124,7 @@ class Learner:
                         tied=not crosses, skip=trainee.skip, seed=trainee.seed)
         self.sae = like(sae, **{name: parallel.local(name, t) for name, t in tensors(sae).items()}).to(device)
         self.extra = {name: t.to(device) for name, t in self.objective.extra(self.sae).items()}
-        self.idle = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
+        self.idle, self.held = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device), Held()
         self.trained = self._trained()
         self.usual = torch.zeros(len(self._leaves()), dtype=torch.float64, device=device)  # lengths of the gradients
         self.rows = self._row_adam()
@@ -193,7 +194,8 @@ class Learner:
         batch = Batch(x=rows[self.source], target=rows[self.target], step=step, idle=self.idle,
                       over_shards=self.parallel.over_shards, over_batches=self.parallel.over_batches,
                       of_batches=self.parallel.of_batches, share=self.parallel.batch_share,
-                      first_feature=self.parallel.shard * self.sae.d_sae, factors={} if self.rows else None)
+                      first_feature=self.parallel.shard * self.sae.d_sae, factors={} if self.rows else None,
+                      held=self.held)
         with torch.autocast(self.sae.device.type, torch.bfloat16, enabled=self.trainee.bf16):
             loss = self._agreed(self.objective(self.sae, batch, self.extra))
         if not bool(torch.isfinite(loss.total)):

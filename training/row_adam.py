@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from sae_hooks.kernels import adam_rows, remove_along, slices, weighted_sums
+from sae_hooks.kernels import adam_rows, longest_first, remove_along, slices, weighted_sums
 
 from .codes import Factor, Factors
 
@@ -35,12 +35,14 @@ class RowAdam:
         self.weights, self.beta2, self.eps, self.steps = dict(weights), beta2, eps, 0
         self.square = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.last = {name: w.new_zeros(len(w), dtype=torch.int32) for name, w in self.weights.items()}
+        self._order: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of a step's segments
 
     @torch.no_grad()
     def step(self, factors: Factors, dense: Mapping[str, Tensor | None], rate: float, unit: Sequence[str] = ()) -> None:
         """One step by the gradients: of each weight the sum of its factors and of its dense one (d_sae, d), if there is
         one. unit: names of those whose rows keep norm 1, the gradient's part along the row taken off."""
         self.steps += 1
+        self._order = None
         for name, weight in self.weights.items():
             move = self._blocks if weight.device.type in BLOCKS_ON else self._rows
             move(name, factors.get(name, []), dense.get(name), rate, name in unit)
@@ -48,10 +50,12 @@ class RowAdam:
     def _rows(self, name: str, factors: Sequence[Factor], dense: Tensor | None, rate: float, unit: bool) -> None:
         """Move the rows that have a gradient."""
         factor = _joined(factors, dense)
-        if factor is not None:
-            features = (factor.starts[1:] > factor.starts[:-1]).nonzero().view(-1)
-            adam_rows(self.weights[name], self.square[name], self.last[name], features, *factor, step=self.steps,
-                      rate=rate, beta2=self.beta2, eps=self.eps, unit=unit)
+        if factor is None:
+            return
+        if self._order is None or self._order[0] is not factor.starts:  # both matrices' rows are those of one batch
+            self._order = factor.starts, longest_first(factor.starts)
+        adam_rows(self.weights[name], self.square[name], self.last[name], self._order[1], *factor, step=self.steps,
+                  rate=rate, beta2=self.beta2, eps=self.eps, unit=unit)
 
     def _blocks(self, name: str, factors: Sequence[Factor], dense: Tensor | None, rate: float, unit: bool) -> None:
         """Move all rows, block by block."""

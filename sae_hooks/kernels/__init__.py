@@ -4,7 +4,7 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 """
 
 from .search import Triplets, above, keep_largest, largest, topk_gate
-from .segments import adam_rows, dots, remove_along, stable_order, starts_of, weighted_sums
+from .segments import adam_rows, dots, longest_first, remove_along, stable_order, starts_of, weighted_sums
 from .tiles import at_once, cast, is_bare, linear, slices, wide
 from .torch_ops import (
     Csr,
@@ -43,6 +43,7 @@ __all__ = [
     "keep_largest",
     "largest",
     "linear",
+    "longest_first",
     "nonzero_csr",
     "reconstruct",
     "reconstruct_topk",

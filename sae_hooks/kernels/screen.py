@@ -35,9 +35,9 @@ def screened(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> tuple[
     error = (x - low_x).norm(dim=1) + (rounding + SUMMING * x.shape[1]) * low_x.norm(dim=1, dtype=torch.float32)
     slack = error * (1 + rounding), rows.norm(dim=1, dtype=torch.float32)
     if (triton := triton_for(coarse)) is not None:
-        tokens, features, _ = triton.above(coarse, lowest, slack)
+        tokens, features, _ = triton.Above(coarse, lowest, slack=slack).listed()
     else:
         tokens, features = (coarse > lowest - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
     values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, rows) + bias[features]
-    kept = values > threshold[features]
-    return tokens[kept], features[kept], values[kept]
+    kept = (values > threshold[features]).nonzero().view(-1)  # once: each selection by marks would wait for the GPU
+    return tokens.index_select(0, kept), features.index_select(0, kept), values.index_select(0, kept)

@@ -28,7 +28,7 @@ def by_numpy(t: Tensor) -> bool:
 def above(pre: Tensor, threshold: Tensor, marks: Tensor | None = None) -> Triplets:
     """(rows, columns, values) of what is above in pre (tokens, features); marks: of those, if they are known."""
     if (triton := triton_for(pre)) is not None:
-        found: Triplets = triton.above(pre, threshold)
+        found: Triplets = triton.Above(pre, threshold).listed()
         return found
     return marked(pre, exceeding(pre, threshold) if marks is None else marks)
 

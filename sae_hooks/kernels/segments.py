@@ -40,11 +40,13 @@ def _triton() -> ModuleType | None:
 
 
 def starts_of(ids: Tensor, n: int) -> Tensor:
-    """Where the segments of n rows start, given the ascending rows `ids` of all entries, or, in any order, what will be
-    rows once they are sorted."""
-    starts = torch.zeros(n + 1, dtype=torch.int32, device=ids.device)
-    starts[1:] = torch.bincount(ids, minlength=n).cumsum(0)
-    return starts
+    """Where the segments of n rows start (n + 1), int32, given the ascending rows `ids` of all entries."""
+    if ids.device.type == "cpu":
+        starts = torch.zeros(n + 1, dtype=torch.int32)
+        starts[1:] = torch.bincount(ids, minlength=n).cumsum(0)
+        return starts
+    rows = torch.arange(n + 1, dtype=ids.dtype, device=ids.device)
+    return torch.searchsorted(ids, rows, out_int32=True)  # bincount would wait for the GPU
 
 
 def stable_order(ids: Tensor, n: int) -> Tensor:
@@ -52,6 +54,12 @@ def stable_order(ids: Tensor, n: int) -> Tensor:
     if ids.device.type == "cpu" and n <= 2**16:  # numpy sorts such numbers by their bytes, in a tenth of the time
         return torch.from_numpy(np.argsort(ids.numpy().astype(np.uint16), kind="stable"))
     return torch.sort(ids, stable=True).indices
+
+
+def longest_first(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """(lengths, rows) of the segments, the longest first, lest they be waited for at the end."""
+    lengths, rows = torch.sort(starts.diff(), descending=True, stable=True)
+    return lengths, rows
 
 
 def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ def adam_rows(
     weight: Tensor,
     square: Tensor,
     last: Tensor,
-    features: Tensor,
+    order: tuple[Tensor, Tensor],
     starts: Tensor,
     ids: Tensor,
     weights: Tensor,
@@ -129,14 +137,16 @@ def adam_rows(
     row without leaves no trace but the decay of its second moment, which is made up for when it next has one.
 
     weight, square (m, d): the weights and the second moment of each as it was at step last[row] (m, int32, 0 at first).
-    features: those of the m rows, in any order, each once, that are to move; the gradient of row i is the weighted sum
-    over segment i of (starts (m + 1), ids, weights, table). step: this one's number, from 1. rate, beta2, eps: Adam's.
+    The gradient of row i is the weighted sum over segment i of (starts (m + 1), ids, weights, table); rows without
+    entries do not move. order: `longest_first` of starts. step: this one's number, from 1. rate, beta2, eps: Adam's.
     unit: rows are of norm 1; the gradient's part along the row is taken off, and the row brought back to norm 1.
     """
     if (triton := triton_for(weight)) is not None:
-        triton.adam_rows(weight, square, last, features, starts, ids, weights, table, step=step, rate=rate, beta2=beta2,
+        triton.adam_rows(weight, square, last, order, starts, ids, weights, table, step=step, rate=rate, beta2=beta2,
                          eps=eps, unit=unit)
         return
+    lengths, features = order
+    features = features[lengths > 0]
     grad, w = weighted_sums(starts, ids, weights, table)[features], weight[features]
     if unit:
         remove_along(grad, w)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, and float32 weights a rounded copy
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
-AT_ONCE, GPU_AT_ONCE = 2**14, 2**17  # pre-activations so few that to look for the best way is not worth it
+AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for the best way is not worth it
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
+GPU_LARGE = 2**26  # numbers in W_enc that a GPU reads for longer than it takes to look for the best way
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
 THIN = range(5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
 FEWEST = range(1, 4)  # ... and for these, which only read the rows, MKL from several places in them at a time:
@@ -95,7 +96,8 @@ def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or W_enc.dtype is not torch.float32 or bias.dtype is not torch.float32:
         return None
     entries = x.shape[0] * W_enc.shape[1]
-    if (entries > AT_ONCE or W_enc.numel() >= LARGE) if x.is_cpu else entries > GPU_AT_ONCE:
+    most, large = (AT_ONCE, LARGE) if x.is_cpu else (GPU_AT_ONCE, GPU_LARGE)
+    if entries > most or W_enc.numel() >= large:
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None
@@ -113,12 +115,9 @@ def affine(
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return affine(x, rows, bias, multiply, room)
-    if multiply is not None or x.dtype != bias.dtype:
-        multiply = multiply or x.dtype
-        return half_product(cast(x, multiply), cast(rows, multiply)) + bias
+    if (product := product_of_halves(x, rows, bias, multiply)) is not None:
+        return product + bias
     if rows.dtype != x.dtype:
-        if rows.dtype == torch.bfloat16 and x.dtype == torch.float32 and multiplies_halves(x, rows):
-            return product_of_parts(x, rows.T) + bias
         if len(rows) > widened_at_once(x) and is_untraced(x, rows, bias):
             return affine_widened(x, rows, bias, room)
         rows = rows.to(x.dtype)
@@ -127,6 +126,18 @@ def affine(
     if room is not None:
         return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
     return F.linear(x, rows, bias)
+
+
+def product_of_halves(
+    x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None
+) -> Tensor | None:
+    """What `affine` adds the bias to, where it multiplies in half precision; else None."""
+    if multiply is not None or x.dtype != bias.dtype:
+        multiply = multiply or x.dtype
+        return half_product(cast(x, multiply), cast(rows, multiply))
+    if rows.dtype == torch.bfloat16 and x.dtype == torch.float32 and multiplies_halves(x, rows):
+        return product_of_parts(x, rows.T)
+    return None
 
 
 def within(room: Tensor, n: int, m: int) -> Tensor:

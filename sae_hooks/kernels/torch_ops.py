@@ -1,6 +1,8 @@
 """SAE arithmetic in PyTorch operations, for any device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import screened, screens
 from .search import Triplets, above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
-from .segments import stable_order, weighted_sums
+from .segments import stable_order, triton_for, weighted_sums
 from .tiles import (
     affine,
     affine_tiles,
@@ -17,6 +19,7 @@ from .tiles import (
     is_one_tile,
     linear,
     multiplies_halves,
+    product_of_halves,
     product_of_parts,
     ready,
     room_for_tiles,
@@ -26,10 +29,12 @@ from .tiles import (
 )
 
 Csr = tuple[Tensor, Tensor, Tensor]
+T = TypeVar("T")
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
-SMALL, GPU_SMALL = 2**23, 2**30  # products of one decoding up to which the dense one is, whatever is active ...
+SMALL = 2**23  # products of one decoding up to which the dense one is on CPUs, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
+GPU_FEW, GPU_FEW_SIZE = 64, 2**23  # tokens, and their features, for which a GPU is not asked what is active
 
 
 def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
@@ -70,13 +75,14 @@ def find_above(
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
     if is_one_tile(x, len(W_rows)):
-        return _in_tile(x, W_rows, bias, threshold, multiply)
+        return _in_tile(x, W_rows, bias, threshold, multiply, ahead=False)()
     found, room = [], room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
-        parts = [
-            _moved(_in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply, room), 0, f.start)
+        tiles = (
+            (f, _in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply, room))
             for f in feature_tiles(x[t], len(W_rows))
-        ]
+        )
+        parts = [_moved(listed(), 0, f.start) for f, listed in _one_ahead(tiles)]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
 
@@ -106,18 +112,29 @@ def reconstruct(
     dtype = wide(x, W_rows)
     x, bias, b_dec = ready(x, W_rows), cast(bias, dtype), cast(b_dec, dtype)
     if is_little(x, W_dec):
+        if (triton := triton_for(x, W_rows, W_dec)) is not None:
+            decoded: Tensor = triton.reconstruct_few(*_unadded(x, W_rows, bias), threshold, W_dec, b_dec)
+            return decoded
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, len(W_rows)):
-        part = _sparse_or_dense(x, W_rows, bias, threshold)
+        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold, ahead=False), _nothing(x, dtype)
+        part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
-        return _sums(part, len(x), W_dec).add_(b_dec).add_(_nothing(x, dtype))
+        if (triton := triton_for(nothing, W_dec)) is not None:
+            decoded = triton.weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
+            return decoded
+        return _sums(part, len(x), W_dec).add_(b_dec).add_(nothing)
     out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         sparse = []
-        for f in feature_tiles(x[t], len(W_rows)):
-            part = _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room)
+        tiles = (
+            (f, _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room))
+            for f in feature_tiles(x[t], len(W_rows))
+        )
+        for f, found in _one_ahead(tiles):
+            part = found()
             if isinstance(part, Tensor):
                 out[t] = _dense(out[t], part, W_dec[f])
             else:
@@ -152,7 +169,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     for t in _held(acts, len(W_dec)):
         part = cast(acts[t], dtype)
         active = part != 0
-        if _is_much(count(active), part, part.numel()):
+        if count(active) > _most(part, part.numel()):
             out[t] = _dense(out[t], part, W_dec)
         else:
             out[t] += _sums(marked(part, active), len(part), W_dec)
@@ -188,25 +205,68 @@ def _in_tile(
     threshold: Tensor,
     multiply: torch.dtype | None = None,
     room: Tensor | None = None,
-) -> Triplets:
-    """find_above for tokens and features that are taken together."""
+    ahead: bool = True,
+) -> Callable[[], Triplets]:
+    """What gives find_above for tokens and features that are taken together. What a GPU can do before one waits for it,
+    it does from here on; ahead: and more will be given to it before one does."""
     if multiply is None and screens(x, rows):
-        return screened(x, rows, bias, threshold)
-    return above(affine(x, rows, bias, multiply, room), threshold)
+        return partial(screened, x, rows, bias, threshold)
+    if (triton := triton_for(x, rows)) is not None:
+        pre, rest = _unadded(x, rows, bias, multiply)
+        listed: Callable[[], Triplets] = triton.Above(pre, threshold, rest, ahead=ahead).listed
+        return listed
+    return lambda: above(affine(x, rows, bias, multiply, room), threshold)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each after the next one was made: while one waits for a GPU's answer, it has that to do."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
+
+
+def _unadded(
+    x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`affine` for those who add the bias where they read: a product without it, and the bias, or with it, and None."""
+    product = product_of_halves(x, rows, bias, multiply)
+    return (affine(x, rows, bias), None) if product is None else (product, bias)
 
 
 def _sparse_or_dense(
-    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None, ahead: bool = True
+) -> Callable[[], Triplets | Tensor]:
+    """What gives what is active among tokens and features that are taken together; all activations, where that is much:
+    in room, if there is one. ahead: see `_in_tile`."""
+    triton = triton_for(x, rows)
+    if triton is None or screens(x, rows):
+        return partial(_screened_or_dense, x, rows, bias, threshold, room)
+    pre, rest = _unadded(x, rows, bias)
+    found = triton.Above(pre, threshold, rest, ahead=ahead)
+
+    def listed_or_dense() -> Triplets | Tensor:
+        if found.total() <= _most(pre, pre.numel()):
+            listed: Triplets = found.listed()
+            return listed
+        acts = pre if rest is None else pre.add_(rest)
+        return gated(acts, exceeding(acts, threshold), acts)
+
+    return listed_or_dense
+
+
+def _screened_or_dense(
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None
 ) -> Triplets | Tensor:
-    """What is active among tokens and features that are taken together; all activations, where that is much: in room,
-    if there is one."""
+    """The same at once, screened where that is the way, in PyTorch's operations."""
     if screens(x, rows):
         found = screened(x, rows, bias, threshold)
-        if not _is_much(len(found[0]), bias, len(x) * len(rows)):
+        if len(found[0]) <= _most(bias, len(x) * len(rows)):
             return found
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
-    return gated(pre, marks, pre) if _is_much(count(marks), pre, pre.numel()) else above(pre, threshold, marks)
+    return gated(pre, marks, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
 
 
 def _held(x: Tensor, d_sae: int) -> Iterator[slice]:
@@ -221,12 +281,15 @@ def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_little(x: Tensor, W_dec: Tensor) -> bool:
     """Whether decoding the tokens of x (n, ...) is too little for counting first what is active. No GPU waits then."""
-    return max(x.shape[0], LEAST) * W_dec.numel() < (SMALL if x.is_cpu else GPU_SMALL)
+    n = x.shape[0]
+    if x.is_cpu:
+        return max(n, LEAST) * W_dec.numel() < SMALL
+    return n <= GPU_FEW and n * W_dec.shape[0] <= GPU_FEW_SIZE
 
 
-def _is_much(active: int, where: Tensor, of: int) -> bool:
-    """Whether so many are active that a dense product decodes them more quickly."""
-    return active > (CROWDED if on_cpu(where) else GPU_CROWDED) * of
+def _most(where: Tensor, of: int) -> int:
+    """How many may be active before a dense product decodes them more quickly."""
+    return int((CROWDED if on_cpu(where) else GPU_CROWDED) * of)
 
 
 def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:

@@ -6,24 +6,32 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import search, tiles, torch_ops
+from sae_hooks.kernels import search, segments, tiles, torch_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WAYS = {"sparse": (0, 1.0), "dense": (0, -1.0), "each tile its own": (0, 0.3), "small": (2**62, 0.3)}
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=[*WAYS, *(f"{way}, in Triton" for way in WAYS)])
 def way(request, monkeypatch):
     """Let all tiles be decoded in a way: (size of what counts as small, share from which dense products are taken)."""
-    small, crowded = WAYS[request.param]
-    for name, value in (("SMALL", small), ("CROWDED", crowded), ("GPU_SMALL", small), ("GPU_CROWDED", crowded)):
+    name, _, in_triton = request.param.partition(", ")
+    small, crowded = WAYS[name]
+    if in_triton:
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("compiled kernels take no tensors of a CPU")
+        monkeypatch.setattr(segments, "TRITON_ON", ("cpu",))
+    for name, value in (("SMALL", small), ("CROWDED", crowded), ("GPU_FEW", small), ("GPU_CROWDED", crowded)):
         monkeypatch.setattr(torch_ops, name, value)
     return request.param
 
 
 @pytest.fixture(params=[True, False], ids=["small tiles", "one tile"])
-def tiled(request, monkeypatch):
+def tiled(request, way, monkeypatch):
     if request.param:
+        if way == "small, in Triton":
+            pytest.skip("few tokens are one tile")
         monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
         monkeypatch.setattr(tiles, "CPU_SIZE", 24)
         monkeypatch.setattr(torch_ops, "TOPK_SIZE", 150)
@@ -95,6 +103,7 @@ def test_no_token_and_one(way, tiled, n):
     np.testing.assert_allclose(kernels.decode(torch.tensor(acts).float(), *parts[4:]).numpy(), wanted, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # Triton's interpreter's numpy
 def test_what_is_not_finite_stays_so_and_the_other_tokens_are_as_they_were(way, tiled):
     x, *rest = parts_of(torch.float32)
     topk = [*rest[:2], 5, *rest[3:]]

@@ -7,142 +7,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from kernels.triton_cases import (
+    DEVICE,
+    KINDS,
+    WIDTHS,
+    close,
+    far,
+    normal,
+    padded,
+    put,
+    same,
+    segments_of,
+    strided,
+    summed,
+)
 
 triton = pytest.importorskip("triton")
 
 from sae_hooks.kernels import segments, triton_ops  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = (1, 5, 40, 130, 600)
-KINDS = ("mixed", "empty", "one row", "one id")
-
-
-def close(found, expected, tolerance=None):
-    """Within a share of the largest, that float32 or, where found is float64, float64 can keep."""
-    tolerance = tolerance or (1e-12 if found.dtype == torch.float64 else 1e-5)
-    found = found.double().cpu()
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max() if expected.numel() else True
-
-
-def same(found, other):
-    return torch.equal(found.cpu(), other.cpu())
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    """Random numbers, of dtype, as float64: what the references compute with."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).double()
-
-
-def segments_of(kind, n=7, m=9, seed=0):
-    """(starts, rows, ids) on the CPU, int64: n segments of up to 40 entries whose ids are below m."""
-    random = np.random.default_rng(seed)
-    lengths = {
-        "mixed": np.array([3, 0, 40, 1, 0, 17, 8, *random.integers(0, 5, n)])[:n],
-        "empty": np.zeros(n, int),
-        "one row": np.array([0, 0, m, 0, 0, 0, 0] + [0] * n)[:n],
-        "one id": np.ones(n, int),
-    }[kind]
-    ids = {"mixed": random.integers(0, m, lengths.sum()), "empty": np.zeros(0, int), "one row": random.permutation(m),
-           "one id": np.full(n, m - 1)}[kind]
-    starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
-    return starts, torch.from_numpy(np.repeat(np.arange(n), lengths)), torch.from_numpy(ids)
-
-
-def summed(starts, ids, weights, table):
-    """The weighted sums in float64, entry by entry."""
-    out = torch.zeros(len(starts) - 1, table.shape[1], dtype=torch.float64)
-    for row, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-        for j in range(start, stop):
-            out[row] += weights[j] * table[ids[j]]
-    return out
-
-
-def put(*tensors):
-    return [t.to(DEVICE) for t in tensors]
-
-
-def strided(table, gap=2):
-    """The same numbers with nan around the rows, and between the columns where gap is 2: a view."""
-    wide = torch.full((len(table), gap * table.shape[1] + 3), torch.nan, dtype=table.dtype, device=table.device)
-    wide[:, 1:-2:gap] = table
-    return wide[:, 1:-2:gap]
-
-
-def padded(table):
-    return strided(table, 1)
-
-
-def far(tmp_path, dtype):
-    """A matrix (3, 40) whose last row lies further away than int32 counts, mostly of nothing (a sparse file)."""
-    if DEVICE == "cuda":
-        numbers = torch.empty(2**31 + 64, dtype=dtype, device=DEVICE)
-    else:
-        name = str(dtype).removeprefix("torch.")
-        numbers = torch.from_numpy(np.memmap(tmp_path / "far", dtype=name, mode="w+", shape=(2**31 + 64,)))
-    return numbers.as_strided((3, 40), (2**30, 1))
-
-
-def check_above(pre, threshold, slack=None):
-    limit = threshold.double() if slack is None else threshold.double() - slack[0].double()[:, None] * slack[1].double()
-    expected = (pre.double() > limit).nonzero()
-    rows, columns, values = triton_ops.above(*put(pre, threshold), None if slack is None else tuple(put(*slack)))
-    assert rows.dtype == columns.dtype == torch.int64
-    assert values.dtype == pre.dtype
-    assert same(torch.stack([rows, columns], 1), expected)
-    assert same(values, pre[expected[:, 0], expected[:, 1]])
-    return len(expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "f"), [(1, 1), (5, 3), (3, 1024), (2, 1025), (4, 2500)])
-def test_above_finds_what_is_above_in_order(n, f, dtype):
-    check_above(normal(n, f).to(dtype), normal(f, seed=1).to(dtype).abs())
-
-
-@pytest.mark.parametrize(("n", "f"), [(0, 5), (5, 0), (0, 0), (3, 1100)])
-def test_above_may_find_nothing(n, f):
-    assert check_above(normal(n, f).float(), torch.full((f,), 99.0)) == 0
-
-
-def test_above_finds_everything_and_single_entries_in_blocks_of_nothing():
-    assert check_above(normal(3, 1100).float(), torch.full((1100,), -99.0)) == 3300
-    pre = torch.zeros(3, 4000)
-    pre[[0, 2, 2], [3999, 0, 1024]] = 1
-    assert check_above(pre, torch.zeros(4000)) == 3
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # the interpreter's numpy
-def test_above_is_strict_and_nan_is_above_nothing():
-    inf, nan = torch.inf, torch.nan
-    pre = torch.tensor([[0.0, 1.0, nan, inf, -inf, -0.0], [1e-45, nan, -1.0, -inf, inf, 2.0]])
-    for threshold in ([0.0] * 6, [-0.0, 1.0, -inf, inf, -inf, 0.0], [nan, 0.5, nan, 1.0, inf, 2.0], [-inf] * 6):
-        check_above(pre, torch.tensor(threshold))
-    check_above(pre, torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 2.0]), (torch.tensor([0.0, nan]), torch.ones(6)))
-    check_above(pre, torch.zeros(6), (torch.tensor([inf, 1.0]), torch.ones(6)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slack_lowers_thresholds_and_ties_stay_below(dtype):
-    random = torch.Generator().manual_seed(0)
-    pre, threshold, by_row, by_column = (  # small integers, so that a quarter are ties, exactly
-        torch.randint(-3, 4, shape, generator=random).to(dtype) for shape in [(3, 1100), (1100,), (3,), (1100,)])
-    without = check_above(pre, threshold)
-    assert without < check_above(pre, threshold, (by_row.abs(), by_column.abs()))
-    check_above(pre, threshold, (by_row, by_column))
-    check_above(pre, threshold, (by_row.bfloat16(), by_column.float()))
-    assert without == check_above(pre, threshold, (torch.zeros(3), by_column))
-
-
-def test_above_takes_strided_matrices(tmp_path):
-    pre, threshold = normal(3, 40).float(), normal(40, seed=1).float()
-    expected = triton_ops.above(*put(pre, threshold))
-    matrix = far(tmp_path, torch.float32)
-    matrix.copy_(pre)
-    on = pre.to(DEVICE)
-    for other in (strided(on), padded(on), on.T.contiguous().T, matrix):
-        found = triton_ops.above(other, strided(threshold.to(DEVICE)[None])[0])
-        assert all(same(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,6 +38,9 @@ def test_weighted_sums(d, kind):
     found = triton_ops.weighted_sums(*put(starts.int(), ids.int(), weights.float(), table.float()))
     assert found.dtype == torch.float32
     close(found, summed(starts, ids, weights, table))
+    to_all, to_each = normal(d, seed=2), normal(7, 1, seed=3)
+    found = triton_ops.weighted_sums(*put(starts, ids, weights, table, to_all, to_each))
+    close(found, summed(starts, ids, weights, table) + to_all + to_each)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,13 +136,14 @@ def test_runs_agree_bit_for_bit():
     starts, rows, ids = put(*segments_of("mixed", n=20))
     weights, by_row, table = put(normal(len(ids)).float(), normal(20, 600).float(), normal(9, 600, seed=1).float())
 
+    order = segments.longest_first(starts[:10])
+
     def run():
         weight, square, last = table.clone(), table.square(), torch.zeros(9, dtype=torch.int32, device=DEVICE)
-        features = torch.tensor([4, 2, 5, 0], device=DEVICE)
-        triton_ops.adam_rows(weight, square, last, features, starts, ids, weights, by_row, step=3, rate=0.1,
+        triton_ops.adam_rows(weight, square, last, order, starts[:10], ids, weights, by_row, step=3, rate=0.1,
                              beta2=0.999, eps=1e-8, unit=True)
         return (weight, square, last, triton_ops.weighted_sums(starts, ids, weights, table),
-                triton_ops.dots(starts, rows, ids, by_row, table), *triton_ops.above(table, by_row[0]))
+                triton_ops.dots(starts, rows, ids, by_row, table), *triton_ops.Above(table, by_row[0]).listed())
 
     assert all(same(*pair) for pair in zip(run(), run(), strict=True))
 
@@ -281,7 +167,7 @@ def test_adam_rows_is_adam_on_dense_gradients(d, dtype, stored, unit):
         active[3] = step in (1, 29)  # once, and once more after long
         ids = torch.from_numpy(active.nonzero()[1])
         starts = torch.from_numpy(np.concatenate([[0], active.sum(1).cumsum()]))
-        features = torch.from_numpy(random.permutation(active.any(1).nonzero()[0]))
+        features = torch.from_numpy(active.any(1).nonzero()[0])
         weights, table = normal(len(ids), seed=step, dtype=torch.float32), normal(n, d, seed=-step, dtype=stored)
         rate = 0.03 / step
         grad = summed(starts, ids, weights, table)
@@ -296,8 +182,8 @@ def test_adam_rows_is_adam_on_dense_gradients(d, dtype, stored, unit):
         before = [t.clone() for t in (weight, square, last)]
         one, other = integers[step % 2], integers[step // 2 % 2]
         triton_ops.adam_rows(
-            weight, square, last, *put(features.to(one), starts.to(other), ids.to(one), weights.to(dtype),
-            table.to(stored)), step=step, rate=rate, beta2=0.999, eps=1e-8, unit=unit)
+            weight, square, last, put(*segments.longest_first(starts)), *put(starts.to(other), ids.to(one),
+            weights.to(dtype), table.to(stored)), step=step, rate=rate, beta2=0.999, eps=1e-8, unit=unit)
         rest = [row for row in range(m) if row not in features.tolist()]
         assert all(same(now[rest], was[rest]) for now, was in zip((weight, square, last), before, strict=True))
         assert (last[features.to(DEVICE)] == step).all()
@@ -313,38 +199,38 @@ def test_adam_rows_in_pytorch_agrees(unit, beta2, monkeypatch):
     monkeypatch.setattr(segments, "TRITON_ON", ())
     starts, _, ids = put(*(part.int() for part in segments_of("mixed")))
     weights, table = put(normal(len(ids)).float(), normal(9, 40, seed=1).float())
-    features = torch.tensor([6, 1, 0, 2], device=DEVICE)  # 1 has no entries
     start = torch.nn.functional.normalize(normal(7, 40, seed=2)).float()
     results = []
     for adam_rows in (segments.adam_rows, triton_ops.adam_rows):
         weight, square = put(start.clone(), start.square())
         last = torch.arange(7, dtype=torch.int32, device=DEVICE)
-        adam_rows(weight, square, last, features, starts, ids, weights, table, step=70, rate=0.1, beta2=beta2, eps=1e-6,
-                  unit=unit)
+        adam_rows(weight, square, last, segments.longest_first(starts), starts, ids, weights, table, step=70, rate=0.1,
+                  beta2=beta2, eps=1e-6, unit=unit)
         results.append((weight, square, last))
     for expected, found in zip(*results, strict=True):
         close(found, expected.double().cpu(), 1e-5)
 
 
-def test_adam_rows_moves_nothing_without_features_and_says_what_it_cannot_do():
+def test_adam_rows_moves_nothing_without_entries_and_says_what_it_cannot_do():
     starts, _, ids = put(*segments_of("one id", n=4))
     weights, table = put(torch.ones(4), torch.ones(9, 6))
 
-    def step(weight, square, features):
+    def step(weight, square, entries=4):
         last = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-        triton_ops.adam_rows(weight, square, last, features, starts, ids, weights, table, step=1, rate=0.1, beta2=0.999,
-                             eps=1e-8, unit=False)
+        cut = starts.clamp(max=entries)
+        triton_ops.adam_rows(weight, square, last, segments.longest_first(cut), cut, ids[:entries], weights[:entries],
+                             table, step=1, rate=0.1, beta2=0.999, eps=1e-8, unit=False)
 
-    weight, square, features = put(normal(4, 6).float(), torch.zeros(4, 6), torch.tensor([2]))
+    weight, square = put(normal(4, 6).float(), torch.zeros(4, 6))
     before = weight.clone()
-    step(weight, square, features[:0])
+    step(weight, square, 0)
     assert same(weight, before)
     for left, right in [(weight.T.contiguous().T, square), (weight, padded(square))]:
         with pytest.raises(ValueError, match="contiguous"):
-            step(left, right, features)
+            step(left, right)
     for left, right in [(weight.bfloat16(), square.bfloat16()), (weight, square.double())]:
         with pytest.raises(ValueError, match="float32"):
-            step(left, right, features)
+            step(left, right)
 
 
 COMPILE = """
@@ -365,17 +251,24 @@ def compile(kernel, types, constants, warps=4):
 
 for number, slack in (("*fp32", True), ("*fp64", False)):
     types = {"pre": number, "threshold": number, "f": "i32", "stride": "i32"}
-    types |= {"by_row": number, "by_column": number} if slack else {}
+    types |= {"by_row": number, "by_column": number} if slack else {"bias": number}
     compile(ops._count_above, types | {"counts": "*i64"}, {"BLOCK": 1024})
     outputs = {"places": "*i64", "out_rows": "*i64", "out_columns": "*i64", "out_values": number}
     compile(ops._write_above, types | outputs, {"BLOCK": 1024})
+    few = {n: t for n, t in types.items() if not n.startswith("by_")} | {"out_columns": "*i32", "out_values": number}
+    compile(ops._collect, few, {"PART": 16384, "BLOCK": 4096}, 16)
+    few = {"ids": "*i32", "weights": number, "table": number, "base": number, "out": number, "parts": "i32", "d": "i32",
+           "stride": "i32"}
+    compile(ops._decode_collected, few, {"PART": 16384, "K": 8, "BLOCK": 512}, 1)
 for table, number, starts, ids in (("*fp32", "*fp32", "*i32", "*i64"), ("*bf16", "*fp32", "*i64", "*i32"),
                                    ("*fp64", "*fp64", "*i32", "*i32")):
     types = {"starts": starts, "ids": ids, "weights": number, "table": table, "d": "i32", "stride": "i32"}
     sizes = {"K": 8, "BLOCK": 512}
-    compile(ops._weighted_sums, types | {"out": number}, sizes, 2)
-    adam = {"weight": number, "square": number, "last": "*i32", "features": "*i64", "scalars": number, "step": "i32"}
-    compile(ops._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 8, "BLOCK": 4096}, 16)
+    added = {"to_all": number, "to_each": number} if table == "*bf16" else {}
+    compile(ops._weighted_sums, types | added | {"out": number}, sizes, 1)
+    adam = {"weight": number, "square": number, "last": "*i32", "lengths": ids, "features": "*i64",
+            "scalars": number, "step": "i32"}
+    compile(ops._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 2, "BLOCK": 4096}, 8)
     pairs = {"rows": ids, "ids": ids, "by_row": number, "by_id": table, "out": number, "count": "i32", "d": "i32",
              "row_stride": "i32", "id_stride": "i32"}
     compile(ops._dots, pairs, {"K": 16, "BLOCK": 128})
@@ -391,4 +284,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 14
+    assert len(done.stdout.split()) == 18

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
 
-from ..codes import Code, Encoder, Factors, Form
+from ..codes import Code, Encoder, Factors, Form, Held
 from ..schedules import linear_warmup
 
 Extra = Mapping[str, Tensor]
@@ -48,7 +48,7 @@ class Batch:
     over_batches averages one over those that share the tokens; both hand gradients through unchanged. of_batches lays
     those of the latter beside each other, (processes, ...), without gradients; share (i, n): this is the i-th of them.
     first_feature: the number, among all, of the first feature here. factors: where the sparse form's gradients of W_enc
-    and W_dec go, if not to the tensors (codes.Encoder).
+    and W_dec go, if not to the tensors, and held: see codes.Encoder.
     """
 
     x: Tensor
@@ -62,6 +62,7 @@ class Batch:
     share: tuple[int, int] = (0, 1)
     first_feature: int = 0
     factors: Factors | None = None
+    held: Held | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,8 @@ class Objective:
 
     def encoder(self, sae: SAE, batch: Batch | None = None) -> Encoder:
         """What makes pre-activations of x; with pre_bias, of x - b_dec."""
-        return Encoder(sae.W_enc, sae.b_enc, sae.b_dec if self.pre_bias else None, batch.factors if batch else None)
+        factors, held = (batch.factors, batch.held) if batch else (None, None)
+        return Encoder(sae.W_enc, sae.b_enc, sae.b_dec if self.pre_bias else None, factors, held)
 
 
 def reconstruct(sae: SAE, code: Code, acts: Tensor, batch: Batch, *, frozen: bool = False) -> Tensor:
