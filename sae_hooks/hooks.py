@@ -127,9 +127,11 @@ class SiteHook:
     def _rewrite(self, x: Tensor, requests: list[Request]) -> Tensor:
         """x (..., d_out) with splices and edits applied at the chosen positions; all read the same activations.
 
-        Untouched positions go through float32 and back, which changes no bit.
+        Where there is more to come than a reconstruction, all goes through float32 and back, which changes no bit of
+        untouched positions.
         """
-        new = kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
+        alone = len(requests) == 1 and isinstance(requests[0], SpliceRequest) and requests[0].rebuild is reconstruct
+        new = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
             chosen = self.runtime.select(request, source, self.site.key)
@@ -137,12 +139,28 @@ class SiteHook:
                 changed = new + self._change(request, source, x)
                 new = changed if chosen is None else torch.where(chosen.unsqueeze(-1), changed, new)
             else:
-                new = _splice(new, request, source, everything(x) if chosen is None else chosen)
+                new = self._splice(new, request, source, chosen)
         if x.dtype == torch.float16 and float(new.detach().abs().max()) > torch.finfo(x.dtype).max:
             raise EditError(
                 f"{self.site}: the edited activations overflow float16; use a smaller strength, or bfloat16"
             )
         return kernels.cast(new, x.dtype)
+
+    def _splice(self, new: Tensor, request: Request, source: Tensor, chosen: Tensor | None) -> Tensor:
+        """Put what is rebuilt from source[chosen] in place of new[chosen]; None: of all. Returns a new tensor."""
+        assert isinstance(request, SpliceRequest)
+        sae = request.slot.on(new.device)
+        old, plain = new.flatten(0, -2), request.rebuild is reconstruct
+        if chosen is None and plain:
+            rebuilt: Tensor = sae(source, new.dtype)
+            return rebuilt.reshape(new.shape)
+        few = not torch.is_grad_enabled() and kernels.is_little(old, sae.W_dec)
+        if few and plain and chosen is not None:  # a decoding step: to ask a GPU where the chosen lie takes longer
+            return torch.where(chosen.unsqueeze(-1), sae(source, new.dtype), new)
+        at = self.runtime.current().places(everything(new) if chosen is None else chosen)
+        read = source.flatten(0, -2).index_select(0, at)
+        rebuilt = sae(read, new.dtype) if plain else request.rebuild(sae, read, old.index_select(0, at)).to(new.dtype)
+        return old.index_copy(0, at, rebuilt).view_as(new)
 
     def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
         """What an edit adds to x (..., d_out), before positions are chosen."""
@@ -274,18 +292,6 @@ def _batch(x: Tensor, now: Pass, where: str) -> int:
 
 def _reconstructions_first(request: Request) -> bool:
     return isinstance(request, EditRequest)
-
-
-def _splice(new: Tensor, request: Request, source: Tensor, chosen: Tensor) -> Tensor:
-    """Put what is rebuilt from source[chosen] in place of new[chosen]; returns a new tensor."""
-    assert isinstance(request, SpliceRequest)
-    sae = request.slot.on(new.device)
-    few = not torch.is_grad_enabled() and kernels.is_little(new.flatten(0, -2), sae.W_dec)
-    if few and request.rebuild is reconstruct:  # a decoding step: asking a GPU where what is chosen lies takes longer
-        return torch.where(chosen.unsqueeze(-1), sae(source.to(new.dtype)), new)
-    at = chosen.nonzero(as_tuple=True)
-    rebuilt = request.rebuild(sae, source[at].to(new.dtype), new[at]).to(new.dtype)
-    return new.index_put(at, rebuilt)
 
 
 def _topk_acts(request: EditRequest, x: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class EditRequest(Request):
 
 
 def reconstruct(sae: SAE, x: Tensor, target: Tensor) -> Tensor:
-    """What a splice writes by default in place of target (n, d_out): x_hat of x (n, d_in)."""
-    x_hat: Tensor = sae(x)
+    """What a splice writes by default in place of target (n, d_out): x_hat of x (n, d_in), in target's dtype."""
+    x_hat: Tensor = sae(x, target.dtype)
     return x_hat
 
 
@@ -266,7 +266,7 @@ class Runtime:
 def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:
     """A selection (batch, tokens) in the layout of x: (batch, tokens, d), or (batch * tokens, d)."""
     leading = x.shape[:-1]
-    whole = chosen.to(x.device)
+    whole = chosen if chosen.device == x.device else chosen.to(x.device)
     if leading == whole.shape:
         return whole
     whole = whole if now.shape is None else whole.expand(now.shape)

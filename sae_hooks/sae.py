@@ -181,8 +181,9 @@ class SAE(nn.Module):
             return 0.0
         return _product(x, self.W_skip, torch.promote_types(x.dtype, torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype; gradients flow where x or the weights ask."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype, or the one given; gradients flow where x or
+        the weights ask."""
         if (pre := self._at_once(x, decoded=True)) is not None:
             x_hat = _shaped(self.decode(self.gate(pre)), x)
         elif self._needs_plain(x):
@@ -198,7 +199,7 @@ class SAE(nn.Module):
             x_hat = _shaped(out, x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
-        return kernels.cast(x_hat, x.dtype)
+        return kernels.cast(x_hat, dtype or x.dtype)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.

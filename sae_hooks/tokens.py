@@ -59,6 +59,7 @@ class Pass:
             self.mask = None if mask is None else mask.bool()
         self.owners: set[int] = set()  # the modules that have begun with it
         self._cached: dict[Any, Tensor | None] = {}
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
     def continues(self, owner: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a module that begins inside the model belongs to this pass: it gets the same ids, or embeddings."""
@@ -96,6 +97,16 @@ class Pass:
             parts = (self.chosen(tokens), self._ordinary(special)) if special else (self.keep(), self._tokens(tokens))
             self._cached[key] = _both(*parts)
         return self._cached[key]
+
+    def places(self, chosen: Tensor) -> Tensor:
+        """Numbers (n) of the positions that are chosen (...), row by row. A GPU is waited for, but once in a pass for
+        all sites where the choice is the pass's own, as `chosen` gave it."""
+        if (found := self._places.get(id(chosen))) is not None:
+            return found[1]
+        at = chosen.reshape(-1).nonzero().view(-1)
+        if any(chosen is own for own in self._cached.values()):
+            self._places[id(chosen)] = chosen, at
+        return at
 
     def columns(self, device: torch.device) -> Tensor:
         """Column (tokens,) of each position, counted from the first token of the padded input."""

@@ -67,7 +67,7 @@ def own_gradients(trial: Trial, group: Group, per_window: int) -> Places:
 
     def rebuild(sae: SAE, x: Tensor, target: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # from here up; what ends the block below turns it off again
-        read.extend((x, target.detach().requires_grad_()))
+        read.extend((x.to(target.dtype), target.detach().requires_grad_()))
         return read[1]
 
     with torch.no_grad(), group.replay.play():

@@ -85,7 +85,7 @@ def test_a_decoding_step_waits_for_nothing_but_the_features_of_a_capture(on_gpu,
 
 def test_a_splice_of_many_tokens_asks_once_where_they_are(on_gpu, waited, monkeypatch):
     model, ids = on_gpu
-    monkeypatch.setattr(torch_ops, "GPU_SMALL", 0)
+    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
     with model.saes.splice():
         model(input_ids=ids)
         waited.clear()
@@ -94,11 +94,25 @@ def test_a_splice_of_many_tokens_asks_once_where_they_are(on_gpu, waited, monkey
         assert sum(waited.values()) == 1 + of_the_sae, dict(waited)
 
 
+def test_splices_of_one_pass_ask_once_where_the_tokens_are(random_model, random_sae, waited, monkeypatch):
+    model, ids = random_model("Gemma2").to("fgpu:0"), torch.arange(3, 23).view(2, 10).to("fgpu:0")
+    saes = [random_sae(32, 64, f"model.layers.{i}.output", seed=i) for i in range(3)]
+    for sae in saes:
+        del sae.metadata["typical_norm"]  # which makes each site's choice its own
+    attach_saes(model, {sae.site: sae for sae in saes})
+    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
+    with model.saes.splice():
+        model(input_ids=ids)
+        waited.clear()
+        model(input_ids=ids)
+        assert sum(waited.values()) == 1 + len(saes), dict(waited)
+
+
 def test_how_many_features_topk_finds_is_known_before(model, ids, sae_for, waited, monkeypatch):
     sae = sae_for(model, ids)
     topk = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=3, site=sae.site)
     model, ids = attach_saes(model.to("fgpu:0"), topk), ids.to("fgpu:0")
-    monkeypatch.setattr(torch_ops, "GPU_SMALL", 0)
+    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
     with model.saes.splice():
         model(input_ids=ids)
         waited.clear()
