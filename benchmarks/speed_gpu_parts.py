@@ -356,7 +356,7 @@ def splice_rows(saes: Mapping[str, SAE], x: Tensor, bench: Bench, asked: bool) -
     builds: dict[str, Callable[[], Case]] = {}
     for name, sae in saes.items():
         splice, encode = dense_ways(sae, x)
-        ways = {"sae": lambda sae=sae: sae(x), "encode": lambda sae=sae: sae.encode_sparse(x),
+        ways = {"sae": lambda sae=sae: sae(x, torch.float32), "encode": lambda sae=sae: sae.encode_sparse(x),
                 "dense sae": splice, "dense encode": encode}
         builds |= {f"{way} {name}": lambda call=call: Case(call) for way, call in ways.items()}  # type: ignore[misc]
     found = measure(builds, bench)
@@ -378,7 +378,7 @@ def splice_rows(saes: Mapping[str, SAE], x: Tensor, bench: Bench, asked: bool) -
 def splice_shape(d_in: int, d_sae: int, tokens: Sequence[int], bench: Bench) -> None:
     """The lines of a shape."""
     torch.manual_seed(0)
-    x = torch.randn(tokens[-1], d_in, device=bench.device).bfloat16().float()
+    x = torch.randn(tokens[-1], d_in, device=bench.device).bfloat16()
     narrow = random_sae(d_in, d_sae, torch.bfloat16, bench.device)
     set_thresholds(narrow, x, bench.l0)
     wide = SAE(narrow.W_enc.float(), narrow.b_enc, narrow.W_dec.float(), narrow.b_dec, threshold=narrow.threshold)
