@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import Triplets, dots, find_above, stable_order, starts_of, weighted_sums
+from sae_hooks.kernels import Triplets, dots, find_above, stable_order, starts_of, triton_for, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -95,12 +95,12 @@ class Pairs:
         return x.contiguous() if self.narrow is None else x.to(self.narrow)
 
     @cached_property
-    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(order, rows, starts): the order that sorts by feature, the tokens in it, where each feature starts. Sorted,
-        each row of a weight's gradient is written once."""
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(order, rows, features, starts): the order that sorts by feature, both in it, where each feature starts.
+        Sorted, each row of a weight's gradient is written once."""
         order = stable_order(self.features, self.d_sae)
-        starts = starts_of(self.features.index_select(0, order), self.d_sae)
-        return order, self.rows.index_select(0, order), starts
+        rows, features = self.rows.index_select(0, order), self.features.index_select(0, order)
+        return order, rows, features, starts_of(features, self.d_sae)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 
 def _sparse(x: Tensor, encoder: Encoder, found: Triplets) -> SparseCode:
     rows, features, pre = found
-    narrow = None if x.device.type == "cpu" else _multiplied_in(x)  # CPUs sum halves more slowly
+    narrow = None if triton_for(x) is None else _multiplied_in(x)  # PyTorch's own operations sum halves more slowly
     pairs = Pairs(starts_of(rows, len(x)), rows.int(), features.int(), pre, encoder.d_sae, encoder.factors, narrow)
     pre = _Pre.apply(x, encoder.W_enc, encoder.b_enc, encoder.centre, pairs)  # type: ignore[no-untyped-call]
     return SparseCode(pre, pairs)
@@ -277,8 +277,7 @@ class _Decode(torch.autograd.Function):
         (acts, W_dec), pairs = ctx.saved_tensors, ctx.pairs
         grad, to_acts = pairs.table(grad), None
         if ctx.needs_input_grad[0]:  # by feature: the rows that lie apart are grad's, which a cache holds sooner
-            order, rows, starts = pairs.by_feature
-            features = pairs.features.index_select(0, order)
+            order, rows, features, starts = pairs.by_feature
             to_acts = torch.empty_like(acts).scatter_(0, order, dots(starts, features, rows, W_dec, grad))
         return to_acts, _to_rows("W_dec", pairs, acts, grad) if ctx.needs_input_grad[1] else None, None
 
@@ -286,7 +285,7 @@ class _Decode(torch.autograd.Function):
 def _to_rows(name: str, pairs: Pairs, weights: Tensor, table: Tensor) -> Tensor | None:
     """The gradient (d_sae, d) whose row i is the sum of the weight times the token's row of table (batch, d) over the
     pairs of feature i; None, and its factors where they go, if somebody wants those."""
-    order, rows, starts = pairs.by_feature
+    order, rows, _, starts = pairs.by_feature
     factor = Factor(starts, rows, weights.index_select(0, order), table)
     if pairs.factors is None:
         return weighted_sums(*factor)

@@ -198,7 +198,7 @@ class Learner:
                       held=self.held)
         with torch.autocast(self.sae.device.type, torch.bfloat16, enabled=self.trainee.bf16):
             loss = self._agreed(self.objective(self.sae, batch, self.extra))
-        if not bool(torch.isfinite(loss.total)):
+        if not math.isfinite(float(loss.total.detach())):
             raise self._complaint(loss, rows, step)
         for leaf in self._leaves().values():
             leaf.grad = None

@@ -4,7 +4,16 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 """
 
 from .search import Triplets, above, keep_largest, largest, topk_gate
-from .segments import adam_rows, dots, longest_first, remove_along, stable_order, starts_of, weighted_sums
+from .segments import (
+    adam_rows,
+    dots,
+    longest_first,
+    remove_along,
+    stable_order,
+    starts_of,
+    triton_for,
+    weighted_sums,
+)
 from .tiles import at_once, cast, is_bare, linear, slices, wide
 from .torch_ops import (
     Csr,
@@ -52,6 +61,7 @@ __all__ = [
     "stable_order",
     "starts_of",
     "topk_gate",
+    "triton_for",
     "weighted_sums",
     "wide",
 ]

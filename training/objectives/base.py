@@ -161,7 +161,7 @@ def nested_error(sae: SAE, code: Code, acts: Tensor, batch: Batch, prefixes: Seq
     whole = squared_error(reconstruct(sae, code, acts, batch), batch.target)
     parts = [squared_error(reconstruct(sae, code, acts * code.first(m - batch.first_feature), batch), batch.target)
              for m in prefixes]
-    return torch.stack([*parts, whole]).mean(), whole
+    return torch.stack([*parts, whole]).mean() if parts else whole, whole
 
 
 def firings(code: Code, active: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
