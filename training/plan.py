@@ -188,7 +188,7 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     rows in the sparse form; then bytes that are moved: gradients written, DECODER_PASSES, ADAM_BYTES, PRE_BIAS_BYTES.
     Adam by rows: ROW_ADAM_BYTES in their place, in the dense form with gradients written and read. Sparse: the
     encoder's product alone, ENCODER_PASSES, and 4 gathers of HELD * l0 * rows / shards rows of d (decode and its
-    backward, two gradients). Dense: 5 products, DENSE_PASSES and OUTER_BYTES. All-reduces, in float32, of n bytes
+    backward, two gradients), all but the first in bfloat16, if the recipe says so. Dense: 5 products, DENSE_PASSES and OUTER_BYTES. All-reduces, in float32, of n bytes
     among p GPUs move 2 n (p - 1) / p: (rows, d_out) among shards, the gradients among groups; (rows, d_in) is gathered
     among shards, half as many.
     """
@@ -203,7 +203,7 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     bias = d_in * features * recipe.objective.pre_bias
     update = (weights * ROW_ADAM_BYTES if by_rows else whole) + PRE_BIAS_BYTES * bias
     dense_update = update + OUTER_BYTES * bias + weights * 2 * FLOAT * by_rows
-    gathers = HELD * l0 * rows / shards * 2 * (d_in + d_out) * FLOAT
+    gathers = HELD * l0 * rows / shards * (FLOAT * d_out + (BF16 if recipe.bf16 else FLOAT) * (d_in + 2 * d_out))
     shared = rows * (d_out + d_in / 2) * (shards - 1) / shards
     reduce = 2 * FLOAT / machine.link * (shared + weights * (groups - 1) / groups)
     passes = FLOAT * rows * features

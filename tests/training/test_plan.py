@@ -87,6 +87,9 @@ def test_a_step_by_hand():
     assert sparse == pytest.approx(max(product, reads) + (3 * passes + gathers + update) / bandwidth)
     assert dense == pytest.approx(5 * product + (20 * passes + update + WEIGHTS * 8 + 8 * WEIGHTS / 2) / bandwidth)
     assert sparse < dense
+    fast = step_seconds(replace(paper, bf16=True), (3584, 3584), 60.0)[0]
+    product, gathers = product * 494 / 989, gathers * (1 + 3 / 2) / 4  # three of the four in half the bytes
+    assert fast == pytest.approx(max(product, reads) + (3 * passes + gathers + update) / bandwidth)
 
 
 @pytest.mark.parametrize("change", [{"betas": (0.9, 0.999)}, {"clip": 3.0}])
