@@ -7,6 +7,7 @@ Where TRITON_INTERPRET=1 is set before Triton is imported, the kernels take tens
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from math import log2
 
 import torch
@@ -38,8 +39,8 @@ class Above:
         self.pre, bias = _even(pre), None if bias is None else bias.contiguous()
         by_row, by_column = (None, None) if slack is None else (s.to(pre.dtype).contiguous() for s in slack)
         self.args = self.pre, bias, threshold.contiguous(), by_row, by_column, f, self.pre.stride(0)
-        self.block = min(triton.next_power_of_2(max(f, 1)), SCANNED)
-        self.grid = n, triton.cdiv(f, self.block)
+        self.block = min(_power_of_2(max(f, 1)), SCANNED)
+        self.grid = n, _cdiv(f, self.block)
         counts = torch.zeros(n * self.grid[1] + 1, dtype=torch.int64, device=pre.device)
         with _on(pre):
             if n and f:
@@ -86,7 +87,7 @@ def weighted_sums(
         sizes = _sizes(d, SUMMED, out.dtype)
         to_all, to_each = (None if t is None else t.contiguous() for t in (to_all, to_each))
         with _on(table):
-            _weighted_sums[(n, triton.cdiv(d, sizes["BLOCK"]))](
+            _weighted_sums[(n, _cdiv(d, sizes["BLOCK"]))](
                 starts.contiguous(), ids.contiguous(), weights.contiguous(), table, to_all, to_each, out, d,
                 table.stride(0), **sizes, **FUSION)
     return out
@@ -102,14 +103,14 @@ def reconstruct_few(
     out = pre.new_empty(n, d)
     if out.numel():
         pre, W_dec, bias = _even(pre), _even(W_dec), None if bias is None else bias.contiguous()
-        parts, sizes = triton.cdiv(f, PART), _sizes(d, SUMMED, out.dtype)
+        parts, sizes = _cdiv(f, PART), _sizes(d, SUMMED, out.dtype)
         columns = torch.empty(n * parts * (PART + 1), dtype=torch.int32, device=pre.device)
         values = torch.empty_like(columns, dtype=pre.dtype)
-        block = min(triton.next_power_of_2(max(f, 1)), COLLECTED)
+        block = min(_power_of_2(max(f, 1)), COLLECTED)
         with _on(pre):
             _collect[(n, parts)](pre, bias, threshold.contiguous(), f, pre.stride(0), columns, values, PART=PART,
                                  BLOCK=block, num_warps=_warps(block), **FUSION)
-            _decode_collected[(n, triton.cdiv(d, sizes["BLOCK"]))](
+            _decode_collected[(n, _cdiv(d, sizes["BLOCK"]))](
                 columns, values, W_dec, b_dec.contiguous(), out, parts, d, W_dec.stride(0), PART=PART, **sizes,
                 **FUSION)
     return out
@@ -122,9 +123,9 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
     out = torch.zeros(count, dtype=wide(by_row, by_id), device=by_id.device)
     if count and d:
         by_row, by_id = _even(by_row), _even(by_id)
-        block = min(triton.next_power_of_2(d), PAIR_COLUMNS)
+        block = min(_power_of_2(d), PAIR_COLUMNS)
         with _on(by_id):
-            _dots[(triton.cdiv(count, PAIRS),)](
+            _dots[(_cdiv(count, PAIRS),)](
                 rows.contiguous(), ids.contiguous(), by_row, by_id, out, count, d, by_row.stride(0), by_id.stride(0),
                 K=PAIRS, BLOCK=block, num_warps=4, **FUSION)
     return out
@@ -183,14 +184,25 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+def _power_of_2(n: int) -> int:
+    """The next one from n on: as triton.next_power_of_2 and, below, triton.cdiv, which take ten microseconds each."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(n: int, size: int) -> int:
+    """How many parts of a size n has."""
+    return -(-n // size)
+
+
 def _warps(block: int, each: int = 256) -> int:
     """As many as give each thread `each` / 32 columns, whole vectors of 16 bytes."""
     return min(max(block // each, 1), 16)
 
 
+@cache
 def _sizes(d: int, most: int, dtype: torch.dtype, held: int = HELD) -> dict[str, int]:
     """Columns of a program that sums segments, entries that it takes at a time, and warps."""
-    block = triton.next_power_of_2(min(d, most))
+    block = _power_of_2(min(d, most))
     warps = _warps(block, 512)
     entries = held * 4 // dtype.itemsize * 32 * warps // block
     return {"BLOCK": block, "K": min(max(entries, 1), 16), "num_warps": warps}

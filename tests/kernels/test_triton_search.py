@@ -80,8 +80,10 @@ def test_how_many_are_above_is_told_before_they_are_listed():
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("n", "f", "d"), [
-    (1, 1, 1), (3, 40, 600), (2, 5000, 7), (2, 40000, 3), (0, 4, 4), (4, 4, 0), (3, 0, 5)])
-def test_few_tokens_are_reconstructed_without_a_question(n, f, d, stored):
+    (1, 1, 1), (3, 40, 600), (2, 200, 7), (0, 4, 4), (4, 4, 0), (3, 0, 5)])
+def test_few_tokens_are_reconstructed_without_a_question(n, f, d, stored, monkeypatch):
+    monkeypatch.setattr(triton_ops, "PART", 64)
+    monkeypatch.setattr(triton_ops, "COLLECTED", 32)
     dtype = torch.float64 if stored == torch.float64 else torch.float32
     shapes = (n, f), (f,), (f,), (d,)
     pre, bias, threshold, b_dec = (normal(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes))
