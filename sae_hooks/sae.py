@@ -189,13 +189,15 @@ class SAE(nn.Module):
         elif self._needs_plain(x):
             x_hat = self.decode(self.encode(x))
         else:
-            W_rows, threshold = self.W_enc.T, self.threshold
+            own: Mapping[str, Any] = self._parameters
+            W_rows, b_enc, threshold, W_dec, b_dec = (
+                own["W_enc"].T, own["b_enc"], own.get("threshold"), own["W_dec"], own["b_dec"])
             rows = self._rows(x, W_rows.shape[1])
             if threshold is not None:
-                out = kernels.reconstruct(rows, W_rows, self.b_enc, threshold, self.W_dec, self.b_dec)
+                out = kernels.reconstruct(rows, W_rows, b_enc, threshold, W_dec, b_dec)
             else:
                 assert self.k is not None
-                out = kernels.reconstruct_topk(rows, W_rows, self.b_enc, self.k, self.W_dec, self.b_dec)
+                out = kernels.reconstruct_topk(rows, W_rows, b_enc, self.k, W_dec, b_dec)
             x_hat = _shaped(out, x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)

@@ -188,9 +188,9 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     rows in the sparse form; then bytes that are moved: gradients written, DECODER_PASSES, ADAM_BYTES, PRE_BIAS_BYTES.
     Adam by rows: ROW_ADAM_BYTES in their place, in the dense form with gradients written and read. Sparse: the
     encoder's product alone, ENCODER_PASSES, and 4 gathers of HELD * l0 * rows / shards rows of d (decode and its
-    backward, two gradients), all but the first in bfloat16, if the recipe says so. Dense: 5 products, DENSE_PASSES and OUTER_BYTES. All-reduces, in float32, of n bytes
-    among p GPUs move 2 n (p - 1) / p: (rows, d_out) among shards, the gradients among groups; (rows, d_in) is gathered
-    among shards, half as many.
+    backward, two gradients), all but the first in bfloat16, if the recipe says so. Dense: 5 products, DENSE_PASSES and
+    OUTER_BYTES. All-reduces, in float32, of n bytes among p GPUs move 2 n (p - 1) / p: (rows, d_out) among shards, the
+    gradients among groups; (rows, d_in) is gathered among shards, half as many.
     """
     (d_in, d_out), rows, features = place, recipe.batch_size / groups, recipe.d_sae / shards
     peak = machine.bf16_flops if recipe.bf16 else machine.tf32_flops
