@@ -148,8 +148,9 @@ def reconstruct(
     "(Tensor x, Tensor W_rows, Tensor bias, int k, Tensor W_dec, Tensor b_dec) -> Tensor", fake_reconstruction
 )
 def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """The same, of the k largest positive pre-activations of each row; holds no more of them than `encode_topk`."""
-    if is_little(x, W_dec):
+    """The same, of the k largest positive pre-activations of each row; holds no more of them than `encode_topk`. No GPU
+    waits: how many are active is known."""
+    if x.is_cpu and is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
     parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in _held(x, len(W_rows))]
