@@ -72,6 +72,15 @@ def test_reconstruction_is_the_equation(way, tiled, dtype, on_cpu, monkeypatch):
     np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-12 if exact else 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_multiplied_by_halves_where_that_is_exact(way, tiled, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "HALVES_ON", ("cpu",))
+    x, *rest = parts_of(dtype)
+    got = kernels.reconstruct(x.to(dtype), *rest)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), written_out(x.to(dtype), *rest)[1], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(0, 4), (1, 4), (11, 1), (11, 9), (11, 37)])
 def test_topk_reconstructs_from_the_largest(way, tiled, dtype, n, k):
