@@ -146,7 +146,7 @@ class Held:
 class Encoder:
     """pre = (x - centre) @ W_enc + b_enc: W_enc (d_in, d_sae), b_enc (d_sae), centre (d_in) or None. factors: where the
     gradients of W_enc and, of the code that comes out, of W_dec go in the sparse form, in place of the tensors' own.
-    held: the same one in all steps of a training."""
+    held: one for all steps of a training, each of which searches once."""
 
     W_enc: Tensor
     b_enc: Tensor
