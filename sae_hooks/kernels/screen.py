@@ -6,9 +6,12 @@ the most by which rounding can have changed the product (Cauchy and Schwarz: no 
 are computed anew, from the matrices as they are.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .search import Triplets
 from .segments import dots, starts_of, triton_for
 from .tiles import cast, half_product, wants_gradient
 
@@ -25,19 +28,34 @@ def screens(x: Tensor, rows: Tensor) -> bool:
     return not wants_gradient(x, rows)
 
 
-def screened(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, features, values) of x @ rows.T + bias > threshold, by token, then by feature: x (tokens, d), bias and
-    threshold (features) float32, rows (features, d) of any dtype."""
+def candidates(
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, ahead: bool = False
+) -> Callable[[], Triplets]:
+    """What gives (tokens, features, values) of all that is above in x @ rows.T + bias > threshold, and of the few more
+    that might have been, by token, then by feature: x (tokens, d), bias and threshold (features) float32, rows
+    (features, d) of any dtype. ahead: a GPU is given more to do before one asks."""
     low_x, low_rows = x.bfloat16(), cast(rows, torch.bfloat16)
     coarse = half_product(low_x, low_rows)
     lowest = threshold - bias - 2 * SUMMING * (threshold.abs() + bias.abs())  # to add bias were a pass over coarse
     rounding = 0.0 if rows.dtype == torch.bfloat16 else ROUNDING
     error = (x - low_x).norm(dim=1) + (rounding + SUMMING * x.shape[1]) * low_x.norm(dim=1, dtype=torch.float32)
     slack = error * (1 + rounding), rows.norm(dim=1, dtype=torch.float32)
-    if (triton := triton_for(coarse)) is not None:
-        tokens, features, _ = triton.Above(coarse, lowest, slack=slack).listed()
-    else:
-        tokens, features = (coarse > lowest - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
-    values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, rows) + bias[features]
-    kept = (values > threshold[features]).nonzero().view(-1)  # once: each selection by marks would wait for the GPU
+    triton = triton_for(coarse)
+    found = None if triton is None else triton.Above(coarse, lowest, slack=slack, ahead=ahead)
+
+    def exact() -> Triplets:
+        if found is None:
+            tokens, features = (coarse > lowest - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
+        else:
+            tokens, features, _ = found.listed()
+        values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, rows)
+        return tokens, features, values + bias.index_select(0, features)
+
+    return exact
+
+
+def decided(found: Triplets, threshold: Tensor) -> Triplets:
+    """Those of the candidates that are above threshold (features)."""
+    tokens, features, values = found
+    kept = (values > threshold.index_select(0, features)).nonzero().view(-1)  # a selection by marks waits each time
     return tokens.index_select(0, kept), features.index_select(0, kept), values.index_select(0, kept)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_csr, fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
-from .screen import screened, screens
+from .screen import candidates, decided, screens
 from .search import Triplets, above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import stable_order, triton_for, weighted_sums
 from .tiles import (
@@ -74,14 +74,23 @@ def find_above(
     """
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
+    if multiply is None and screens(x, W_rows):
+        return decided(_in_tiles(x, W_rows, bias, threshold, candidates), threshold)
     if is_one_tile(x, len(W_rows)):
-        return _in_tile(x, W_rows, bias, threshold, multiply, ahead=False)()
-    found, room = [], room_for_tiles(x, W_rows, bias)
+        return _in_tile(x, W_rows, bias, threshold, multiply)()
+    room = room_for_tiles(x, W_rows, bias)
+    return _in_tiles(x, W_rows, bias, threshold, partial(_in_tile, multiply=multiply, room=room))
+
+
+def _in_tiles(
+    x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, search: Callable[..., Callable[[], Triplets]]
+) -> Triplets:
+    """What a search gives that is begun in one tile after the other."""
+    found = []
     for t in token_tiles(x):
-        tiles = (
-            (f, _in_tile(x[t], W_rows[f], bias[f], threshold[f], multiply, room))
-            for f in feature_tiles(x[t], len(W_rows))
-        )
+        slices_of_features = [*feature_tiles(x[t], len(W_rows))]
+        ahead = len(slices_of_features) > 1
+        tiles = ((f, search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead)) for f in slices_of_features)
         parts = [_moved(listed(), 0, f.start) for f, listed in _one_ahead(tiles)]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
@@ -118,7 +127,7 @@ def reconstruct(
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, len(W_rows)):
-        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold, ahead=False), _nothing(x, dtype)
+        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold), _nothing(x, dtype)
         part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
@@ -130,7 +139,7 @@ def reconstruct(
     for t in token_tiles(x):
         sparse = []
         tiles = (
-            (f, _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room))
+            (f, _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room, ahead=True))
             for f in feature_tiles(x[t], len(W_rows))
         )
         for f, found in _one_ahead(tiles):
@@ -206,12 +215,10 @@ def _in_tile(
     threshold: Tensor,
     multiply: torch.dtype | None = None,
     room: Tensor | None = None,
-    ahead: bool = True,
+    ahead: bool = False,
 ) -> Callable[[], Triplets]:
     """What gives find_above for tokens and features that are taken together. What a GPU can do before one waits for it,
     it does from here on; ahead: and more will be given to it before one does."""
-    if multiply is None and screens(x, rows):
-        return partial(screened, x, rows, bias, threshold)
     if (triton := triton_for(x, rows)) is not None:
         pre, rest = _unadded(x, rows, bias, multiply)
         listed: Callable[[], Triplets] = triton.Above(pre, threshold, rest, ahead=ahead).listed
@@ -237,13 +244,23 @@ def _unadded(
 
 
 def _sparse_or_dense(
-    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None, ahead: bool = True
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None, ahead: bool = False
 ) -> Callable[[], Triplets | Tensor]:
-    """What gives what is active among tokens and features that are taken together; all activations, where that is much:
-    in room, if there is one. ahead: see `_in_tile`."""
-    triton = triton_for(x, rows)
-    if triton is None or screens(x, rows):
-        return partial(_screened_or_dense, x, rows, bias, threshold, room)
+    """What gives what is active among tokens and features that are taken together, and perhaps more with activations of
+    0; all activations, where that is much: in room, if there is one. ahead: see `_in_tile`."""
+    marked_or_dense = partial(_marked_or_dense, x, rows, bias, threshold, room)
+    if screens(x, rows):
+        screened = candidates(x, rows, bias, threshold, ahead)
+
+        def screened_or_dense() -> Triplets | Tensor:
+            tokens, features, values = screened()
+            if len(tokens) > _most(bias, len(x) * len(rows)):
+                return marked_or_dense()
+            return tokens, features, torch.where(values > threshold.index_select(0, features), values, 0)
+
+        return screened_or_dense
+    if (triton := triton_for(x, rows)) is None:
+        return marked_or_dense
     pre, rest = _unadded(x, rows, bias)
     found = triton.Above(pre, threshold, rest, ahead=ahead)
 
@@ -257,14 +274,10 @@ def _sparse_or_dense(
     return listed_or_dense
 
 
-def _screened_or_dense(
+def _marked_or_dense(
     x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None
 ) -> Triplets | Tensor:
-    """The same at once, screened where that is the way, in PyTorch's operations."""
-    if screens(x, rows):
-        found = screened(x, rows, bias, threshold)
-        if len(found[0]) <= _most(bias, len(x) * len(rows)):
-            return found
+    """The same at once, in PyTorch's operations."""
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
     return gated(pre, marks, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)

@@ -101,7 +101,7 @@ def test_halves_are_multiplied_as_they_are_on_gpus(monkeypatch):
     monkeypatch.setattr(tiles, "HALVES_ON", ("cpu",))
     x, W_rows, bias, threshold = parts_of(torch.bfloat16)
     low = x.bfloat16()
-    monkeypatch.setattr(torch_ops, "screened", None)
+    monkeypatch.setattr(torch_ops, "candidates", None)
     for ours, plain in zip(kernels.find_above(low, W_rows, bias, threshold),
                            (*(pre := exact(low, W_rows, bias)).float().gt(threshold).nonzero(as_tuple=True), None),
                            strict=True):
