@@ -62,12 +62,29 @@ def longest_first(starts: Tensor) -> tuple[Tensor, Tensor]:
     return lengths, rows
 
 
-def weighted_sums(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Row i (n, d): the sum of weights[j] * table[ids[j]] over segment i. weights (entries), table (m, d) of any dtype;
-    the result is float32 or float64, as `wide` has it."""
+def weighted_sums(
+    starts: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    table: Tensor,
+    to_all: Tensor | None = None,
+    to_each: Tensor | None = None,
+) -> Tensor:
+    """Row i (n, d): the sum of weights[j] * table[ids[j]] over segment i, plus to_all (d) and to_each (n, 1), which are
+    of the result's dtype. weights (entries), table (m, d) of any dtype; the result is float32 or float64, as `wide` has
+    it."""
     if (triton := triton_for(table, weights)) is not None:
-        summed: Tensor = triton.weighted_sums(starts, ids, weights, table)
+        summed: Tensor = triton.weighted_sums(starts, ids, weights, table, to_all, to_each)
         return summed
+    out = _summed(starts, ids, weights, table)
+    for added in (to_all, to_each):
+        if added is not None:
+            out.add_(added)
+    return out
+
+
+def _summed(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """weighted_sums in PyTorch's operations, with nothing added."""
     dtype = wide(weights, table)
     weights = cast(weights, dtype)
     if table.device.type == "cpu" and not wants_gradient(weights, table):

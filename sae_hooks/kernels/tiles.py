@@ -131,7 +131,8 @@ def affine(
 def product_of_halves(
     x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None
 ) -> Tensor | None:
-    """What `affine` adds the bias to, where it multiplies in half precision; else None."""
+    """x @ rows.T (n, features) in float32, what `affine` adds the bias to, where it multiplies in half precision; else
+    None."""
     if multiply is not None or x.dtype != bias.dtype:
         multiply = multiply or x.dtype
         return half_product(cast(x, multiply), cast(rows, multiply))

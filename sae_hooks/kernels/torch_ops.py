@@ -131,10 +131,7 @@ def reconstruct(
         part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
-        if (triton := triton_for(nothing, W_dec)) is not None:
-            decoded = triton.weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
-            return decoded
-        return _sums(part, len(x), W_dec).add_(b_dec).add_(nothing)
+        return weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
     out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
     for t in token_tiles(x):
         sparse = []
@@ -205,7 +202,7 @@ def nonzero_csr(acts: Tensor) -> Csr:
 )
 def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """Reconstruction (n, d_out) from CSR features: sum of value times decoder row, plus b_dec; float32 or wider."""
-    return weighted_sums(indptr, indices, values, W_dec) + cast(b_dec, wide(values, W_dec))
+    return weighted_sums(indptr, indices, values, W_dec, cast(b_dec, wide(values, W_dec)))
 
 
 def _in_tile(
@@ -238,7 +235,8 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 def _unadded(
     x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`affine` for those who add the bias where they read: a product without it, and the bias, or with it, and None."""
+    """`affine` (n, features) for those who add the bias where they read: without it, and the bias, or with it, and
+    None."""
     product = product_of_halves(x, rows, bias, multiply)
     return (affine(x, rows, bias), None) if product is None else (product, bias)
 

@@ -20,7 +20,7 @@ from .tiles import wide
 SCANNED = 1024  # pre-activations that a program of `Above` looks at
 COLLECTED, PART = 4096, 16384  # ... that one of `reconstruct_few` looks at at a time, and in all
 SUMMED = 512  # columns that a program of `weighted_sums` has; adam_rows' have whole rows
-HELD, ROW_HELD = 128, 32  # 32-bit registers of a thread for what both load at once
+HELD, ROW_HELD = 128, 32  # 32-bit registers of a thread for what a program of the one, and of the other, loads at once
 PAIRS, PAIR_COLUMNS = 16, 128  # entries of a program of `dots`, and the columns it takes at a time
 FUSION = {"enable_fp_fusion": True}  # said, because Triton's default changes and 3.9 warns of it
 
@@ -78,8 +78,8 @@ def weighted_sums(
     to_each: Tensor | None = None,
 ) -> Tensor:
     """Row i (n, d): the sum of weights[j] * table[ids[j]] over segment i, starts[i]:starts[i + 1], plus to_all (d) and
-    to_each[i]. starts (n + 1), ids (entries) int32 or int64; weights (entries), table (m, d) of any dtype; float32 or
-    float64, as `wide` has it."""
+    to_each (n, 1). starts (n + 1), ids (entries) int32 or int64; weights (entries), table (m, d) of any dtype; float32
+    or float64, as `wide` has it."""
     n, d = len(starts) - 1, table.shape[1]
     out = torch.empty(n, d, dtype=wide(weights, table), device=table.device)
     if out.numel():
@@ -185,7 +185,8 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _power_of_2(n: int) -> int:
-    """The next one from n on: as triton.next_power_of_2 and, below, triton.cdiv, which take ten microseconds each."""
+    """The next one from n on. As triton.next_power_of_2 and, below, triton.cdiv, but without what is wrapped around
+    those, which a short call feels."""
     return 1 << (n - 1).bit_length()
 
 
