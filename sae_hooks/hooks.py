@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import edits, kernels, sites
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .generation import GUIDED, Generation, is_assistant
-from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, reconstruct
+from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
 from .tokens import PACKED, Pass
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -130,7 +130,7 @@ class SiteHook:
         Where there is more to come than a reconstruction, all goes through float32 and back, which changes no bit of
         untouched positions.
         """
-        alone = len(requests) == 1 and isinstance(requests[0], SpliceRequest) and requests[0].rebuild is reconstruct
+        alone = len(requests) == 1 and isinstance(requests[0], SpliceRequest) and requests[0].plain
         new = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
@@ -150,17 +150,17 @@ class SiteHook:
         """Put what is rebuilt from source[chosen] in place of new[chosen]; None: of all. Returns a new tensor."""
         assert isinstance(request, SpliceRequest)
         sae = request.slot.on(new.device)
-        old, plain = new.flatten(0, -2), request.rebuild is reconstruct
-        if chosen is None and plain:
+        old = new.flatten(0, -2)
+        if chosen is None and request.plain:
             rebuilt: Tensor = sae(source, new.dtype)
             return rebuilt.reshape(new.shape)
         few = not torch.is_grad_enabled() and kernels.is_little(old, sae.W_dec)
-        if few and plain and chosen is not None:  # a decoding step: to ask a GPU where the chosen lie takes longer
+        if few and request.plain and chosen is not None:  # a decoding step: to ask a GPU where they lie takes longer
             return torch.where(chosen.unsqueeze(-1), sae(source, new.dtype), new)
         at = self.runtime.current().places(everything(new) if chosen is None else chosen)
         read = source.flatten(0, -2).index_select(0, at)
-        rebuilt = sae(read, new.dtype) if plain else request.rebuild(sae, read, old.index_select(0, at)).to(new.dtype)
-        return old.index_copy(0, at, rebuilt).view_as(new)
+        target = old if request.plain else old.index_select(0, at)
+        return old.index_copy(0, at, request.rebuild(sae, read, target).to(new.dtype)).view_as(new)
 
     def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
         """What an edit adds to x (..., d_out), before positions are chosen."""

@@ -135,6 +135,11 @@ class SpliceRequest(Request):
 
     rebuild: Callable[[SAE, Tensor, Tensor], Tensor] = reconstruct
 
+    @property
+    def plain(self) -> bool:
+        """Whether the SAE's own reconstruction is written, for which nobody reads what it stands in place of."""
+        return self.rebuild is reconstruct
+
 
 @dataclass(eq=False)
 class WatchRequest(Request):
