@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import screen
+from sae_hooks.kernels import screen, tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,8 +28,11 @@ def x_of(n, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 5, screen.SCREEN_FROM, 2500])
+@pytest.mark.parametrize("tiled", [False, True], ids=["one tile", "tiles"])
 @torch.no_grad()
-def test_encoding_and_reconstructing(dtype, x_dtype, n):
+def test_encoding_and_reconstructing(dtype, x_dtype, n, tiled, monkeypatch):
+    if tiled:  # of which each is counted while the next is multiplied
+        monkeypatch.setattr(tiles, "GPU_SIZE", 700 * n)
     (sae, wide), x = sae_of(dtype), x_of(n, x_dtype)
     pre = wide.pre_activations(x.double())
     near = (pre - 2).abs() < 1e-5
@@ -40,7 +43,7 @@ def test_encoding_and_reconstructing(dtype, x_dtype, n):
     assert torch.equal(found | near, (pre > 2) | near)
     torch.testing.assert_close(values.double(), pre[rows, indices], rtol=1e-4, atol=1e-4)
     acts = torch.zeros_like(pre).index_put((rows, indices), values.double())
-    for decoded in (sae(x.float().cuda()), sae.decode(acts.float().cuda())):
+    for decoded in (sae(x.float().cuda()), sae(x.cuda(), torch.float32), sae.decode(acts.float().cuda())):
         sure = ~near.any(1)  # two ways of summing may lie on two sides of a threshold
         torch.testing.assert_close(decoded.cpu().double()[sure], wide.decode(acts)[sure], rtol=1e-3, atol=1e-3)
 
