@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, and float32 weights a rounded copy
+GPU_LEAST = 512  # tokens from which it takes a GPU no longer to read rows of half precision than to multiply by them
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for the best way is not worth it
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
@@ -55,9 +56,16 @@ def slices(length: int, most: int) -> Iterator[slice]:
     return (slice(length * i // count, length * (i + 1) // count) for i in range(count))
 
 
-def token_tiles(x: Tensor) -> Iterator[slice]:
+def token_tiles(x: Tensor, rows: Tensor) -> Iterator[slice]:
     """The tokens of x (n, d_in) that are taken together."""
-    return slices(len(x), CPU_TOKENS if x.device.type == "cpu" else GPU_TOKENS)
+    return slices(len(x), _most_tokens(x, rows))
+
+
+def _most_tokens(x: Tensor, rows: Tensor) -> int:
+    """How many are, at most: on GPUs rather all features (rows) of fewer, unless rows are to be rounded each time."""
+    if x.is_cpu:
+        return CPU_TOKENS
+    return min(max(GPU_SIZE // max(len(rows), 1), GPU_LEAST), GPU_TOKENS) if rows.dtype in HALVES else GPU_TOKENS
 
 
 def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
@@ -65,10 +73,14 @@ def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
     return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
 
 
-def is_one_tile(x: Tensor, d_sae: int) -> bool:
-    """Whether all tokens of x (n, d_in) and all features are taken together."""
-    tokens, size = (CPU_TOKENS, CPU_SIZE) if x.is_cpu else (GPU_TOKENS, GPU_SIZE)
-    return 0 < x.shape[0] <= tokens and x.shape[0] * d_sae <= size
+def has_all_features(x: Tensor, rows: Tensor) -> bool:
+    """Whether all features (rows), if any, are taken together for a tile of the tokens of x (n, d_in), if any."""
+    return 0 < min(len(x), _most_tokens(x, rows)) * len(rows) <= (CPU_SIZE if x.is_cpu else GPU_SIZE)
+
+
+def is_one_tile(x: Tensor, rows: Tensor) -> bool:
+    """Whether all tokens of x (n, d_in) and all features (rows) are."""
+    return len(x) <= _most_tokens(x, rows) and has_all_features(x, rows)
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
@@ -224,7 +236,7 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     """
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, len(W_rows)):
+    if is_one_tile(x, W_rows):
         return affine(x, W_rows, bias)
     pre = x.new_empty(len(x), len(W_rows), dtype=bias.dtype)
     for t, f, part in affine_tiles(x, W_rows, bias):
@@ -235,6 +247,6 @@ def linear(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
 def affine_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """(tokens, features, their pre-activations) of x (n, d_in), `ready`: each until the next one."""
     room = room_for_tiles(x, W_rows, bias)
-    for t in token_tiles(x):
+    for t in token_tiles(x, W_rows):
         for f in feature_tiles(x[t], len(W_rows)):
             yield t, f, affine(x[t], W_rows[f], bias[f], room=room)

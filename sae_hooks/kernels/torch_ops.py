@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from .tiles import (
     affine_tiles,
     cast,
     feature_tiles,
+    has_all_features,
     is_one_tile,
     linear,
     multiplies_halves,
@@ -31,7 +33,7 @@ from .tiles import (
 Csr = tuple[Tensor, Tensor, Tensor]
 T = TypeVar("T")
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
-CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder
+CROWDED, GPU_CROWDED = 0.12, 0.02  # share of features active from which the dense product is the quicker decoder
 SMALL = 2**23  # products of one decoding up to which the dense one is on CPUs, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
 GPU_FEW, GPU_FEW_SIZE = 64, 2**23  # tokens, and their features, for which a GPU is not asked what is active
@@ -41,7 +43,7 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     """What `linear` makes of x (n, d_in) where it is above threshold, else 0: (n, d_sae). No gradients."""
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if is_one_tile(x, len(W_rows)):
+    if is_one_tile(x, W_rows):
         pre = affine(x, W_rows, bias)
         return gated(pre, exceeding(pre, threshold))
     acts = bias.new_empty(len(x), len(W_rows))
@@ -76,7 +78,7 @@ def find_above(
     x = ready(x, W_rows)
     if multiply is None and screens(x, W_rows):
         return decided(_in_tiles(x, W_rows, bias, threshold, candidates), threshold)
-    if is_one_tile(x, len(W_rows)):
+    if is_one_tile(x, W_rows):
         return _in_tile(x, W_rows, bias, threshold, multiply)()
     room = room_for_tiles(x, W_rows, bias)
     return _in_tiles(x, W_rows, bias, threshold, partial(_in_tile, multiply=multiply, room=room))
@@ -86,12 +88,14 @@ def _in_tiles(
     x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, search: Callable[..., Callable[[], Triplets]]
 ) -> Triplets:
     """What a search gives that is begun in one tile after the other."""
-    found = []
-    for t in token_tiles(x):
-        slices_of_features = [*feature_tiles(x[t], len(W_rows))]
-        ahead = len(slices_of_features) > 1
-        tiles = ((f, search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead)) for f in slices_of_features)
-        parts = [_moved(listed(), 0, f.start) for f, listed in _one_ahead(tiles)]
+    found, ahead = [], not is_one_tile(x, W_rows)
+    tiles = (
+        (t, f, search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead))
+        for t in token_tiles(x, W_rows)
+        for f in feature_tiles(x[t], len(W_rows))
+    )
+    for t, of_tokens in groupby(_one_ahead(tiles), lambda tile: tile[0]):
+        parts = [_moved(listed(), 0, f.start) for _, f, listed in of_tokens]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
 
@@ -126,14 +130,18 @@ def reconstruct(
             return decoded
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
-    if is_one_tile(x, len(W_rows)):
+    if has_all_features(x, W_rows) and not screens(x, W_rows) and triton_for(x, W_rows, W_dec) is not None:
+        tiles_of_tokens = (_decoded_ahead(x[t], W_rows, bias, threshold, W_dec, b_dec) for t in token_tiles(x, W_rows))
+        decoded_parts = [checked() for checked in _one_ahead(tiles_of_tokens)]
+        return decoded_parts[0] if len(decoded_parts) == 1 else torch.cat(decoded_parts)
+    if is_one_tile(x, W_rows):
         found, nothing = _sparse_or_dense(x, W_rows, bias, threshold), _nothing(x, dtype)
         part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
         return weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
     out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
-    for t in token_tiles(x):
+    for t in token_tiles(x, W_rows):
         sparse = []
         tiles = (
             (f, _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room, ahead=True))
@@ -241,6 +249,26 @@ def _unadded(
     return (affine(x, rows, bias), None) if product is None else (product, bias)
 
 
+def _decoded_ahead(
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Callable[[], Tensor]:
+    """What gives `reconstruct` of tokens that are taken together with all features. A GPU decodes as many entries as
+    are quickly decoded by the rows of what is active, before it is asked whether those were all."""
+    pre, rest = _unadded(x, rows, bias)
+    triton = triton_for(pre)
+    assert triton is not None
+    found, most = triton.Above(pre, threshold, rest, ahead=True), max(_most(pre, pre.numel()), 0)
+    first: Csr = found.first(most)
+    out = weighted_sums(*first, W_dec, b_dec, _nothing(x, b_dec.dtype))
+    return lambda: out if found.total() <= most else _dense(b_dec, _gated(pre, rest, threshold), W_dec)
+
+
+def _gated(pre: Tensor, rest: Tensor | None, threshold: Tensor) -> Tensor:
+    """All activations, in pre's memory, of what `_unadded` gave."""
+    acts = pre if rest is None else pre.add_(rest)
+    return gated(acts, exceeding(acts, threshold), acts)
+
+
 def _sparse_or_dense(
     x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None, ahead: bool = False
 ) -> Callable[[], Triplets | Tensor]:
@@ -266,8 +294,7 @@ def _sparse_or_dense(
         if found.total() <= _most(pre, pre.numel()):
             listed: Triplets = found.listed()
             return listed
-        acts = pre if rest is None else pre.add_(rest)
-        return gated(acts, exceeding(acts, threshold), acts)
+        return _gated(pre, rest, threshold)
 
     return listed_or_dense
 

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from .tiles import wide
 
-SCANNED = 1024  # pre-activations that a program of `Above` looks at
+WORD = 32  # marks that one number holds
+MARKED, LISTED = 1024, 256  # pre-activations that a program of `Above` marks, and such numbers that one lists
 COLLECTED, PART = 4096, 16384  # ... that one of `reconstruct_few` looks at at a time, and in all
 SUMMED = 512  # columns that a program of `weighted_sums` has; adam_rows' have whole rows
+LONG, ROWS = 512, 128  # entries above which a segment has its own programs, and segments in which one looks for such
+APART, APART_OF_FEW, APART_COLUMNS = 128, 32, 128  # sums side by side in such a program, or for few tokens; its columns
 HELD, ROW_HELD = 128, 32  # 32-bit registers of a thread for what a program of the one, and of the other, loads at once
 PAIRS, PAIR_COLUMNS = 16, 128  # entries of a program of `dots`, and the columns it takes at a time
 FUSION = {"enable_fp_fusion": True}  # said, because Triton's default changes and 3.9 warns of it
@@ -29,22 +32,23 @@ class Above:
     """The entries of pre (n, f), plus bias (f), that exceed threshold (f). With slack, a pair of vectors (n) and (f),
     thresholds are less their product, in one rounding. nan is above nothing.
 
-    They are counted at once, but nobody waits for the GPU before asking for `total` or `listed`; with `ahead` then
-    only for that, not for what it was given to do since.
+    They are marked and counted at once, but nobody waits for the GPU before asking for `total` or `listed`; with
+    `ahead` then only for that, not for what it was given to do since.
     """
 
     def __init__(self, pre: Tensor, threshold: Tensor, bias: Tensor | None = None,
                  slack: tuple[Tensor, Tensor] | None = None, ahead: bool = False) -> None:
         n, f = pre.shape
-        self.pre, bias = _even(pre), None if bias is None else bias.contiguous()
+        self.pre, self.bias = _even(pre), None if bias is None else bias.contiguous()
         by_row, by_column = (None, None) if slack is None else (s.to(pre.dtype).contiguous() for s in slack)
-        self.args = self.pre, bias, threshold.contiguous(), by_row, by_column, f, self.pre.stride(0)
-        self.block = min(_power_of_2(max(f, 1)), SCANNED)
-        self.grid = n, _cdiv(f, self.block)
-        counts = torch.zeros(n * self.grid[1] + 1, dtype=torch.int64, device=pre.device)
+        self.parts = max(_cdiv(f, MARKED), 1)
+        self.marks = torch.empty(n, self.parts * MARKED // WORD, dtype=torch.int32, device=pre.device)
+        counts = torch.zeros(n * self.parts + 1, dtype=torch.int64, device=pre.device)
         with _on(pre):
             if n and f:
-                _count_above[self.grid](*self.args, counts, BLOCK=self.block, num_warps=_warps(self.block), **FUSION)
+                _mark_above[(n, self.parts)](
+                    self.pre, self.bias, threshold.contiguous(), by_row, by_column, f, self.pre.stride(0), self.marks,
+                    counts, BLOCK=MARKED, WORD=WORD, num_warps=_warps(MARKED), **FUSION)
             self.places = counts.cumsum(0)
             self._total, self._told = self.places[-1], None
             if ahead and pre.is_cuda:
@@ -61,12 +65,25 @@ class Above:
         """(rows, columns, values), by row, then by column: int64, int64, pre's dtype."""
         total, device = self.total(), self.pre.device
         rows, columns = (torch.empty(total, dtype=torch.int64, device=device) for _ in range(2))
-        values = self.pre.new_empty(total)
-        if total:
+        return rows, columns, self._list(total, columns, rows)
+
+    def first(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR (starts int64, columns int32, values) of the first `most` of them, without asking how many they are:
+        what stands in columns and values behind the last is arbitrary."""
+        columns = torch.empty(most, dtype=torch.int32, device=self.pre.device)
+        values = self._list(most, columns)
+        return self.places[::self.parts].clamp(max=most), columns, values
+
+    def _list(self, most: int, columns: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Write the columns and rows of the first `most` where they belong, and give their values."""
+        values = self.pre.new_empty(most)
+        if most and self.pre.numel():
+            words = self.marks.shape[1]
             with _on(self.pre):
-                _write_above[self.grid](*self.args, self.places, rows, columns, values, BLOCK=self.block,
-                                        num_warps=_warps(self.block), **FUSION)
-        return rows, columns, values
+                _list_marked[(len(self.pre), _cdiv(words, LISTED))](
+                    self.pre, self.bias, self.pre.stride(0), self.marks, words, self.places, most, rows, columns,
+                    values, BLOCK=LISTED, WORD=WORD, PART=MARKED // WORD, num_warps=_warps(LISTED, 64), **FUSION)
+        return values
 
 
 def weighted_sums(
@@ -84,12 +101,15 @@ def weighted_sums(
     out = torch.empty(n, d, dtype=wide(weights, table), device=table.device)
     if out.numel():
         table = _even(table)
-        sizes = _sizes(d, SUMMED, out.dtype)
         to_all, to_each = (None if t is None else t.contiguous() for t in (to_all, to_each))
+        args = (starts.contiguous(), ids.contiguous(), weights.contiguous(), table, to_all, to_each, out, n, d,
+                table.stride(0), LONG)
         with _on(table):
-            _weighted_sums[(n, _cdiv(d, sizes["BLOCK"]))](
-                starts.contiguous(), ids.contiguous(), weights.contiguous(), table, to_all, to_each, out, d,
-                table.stride(0), **sizes, **FUSION)
+            sizes = _sizes(d, SUMMED, out.dtype)
+            _weighted_sums[(n, _cdiv(d, sizes["BLOCK"]))](*args, **sizes, **FUSION)
+            if len(ids) > LONG:
+                sizes = _sizes_apart(d, APART, out.dtype)
+                _long_sums[(_cdiv(n, ROWS), _cdiv(d, sizes["BLOCK"]))](*args, ROWS=ROWS, **sizes, **FUSION)
     return out
 
 
@@ -103,7 +123,7 @@ def reconstruct_few(
     out = pre.new_empty(n, d)
     if out.numel():
         pre, W_dec, bias = _even(pre), _even(W_dec), None if bias is None else bias.contiguous()
-        parts, sizes = _cdiv(f, PART), _sizes(d, SUMMED, out.dtype)
+        parts, sizes = _cdiv(f, PART), _sizes_apart(d, APART_OF_FEW, out.dtype)
         columns = torch.empty(n * parts * (PART + 1), dtype=torch.int32, device=pre.device)
         values = torch.empty_like(columns, dtype=pre.dtype)
         block = min(_power_of_2(max(f, 1)), COLLECTED)
@@ -209,9 +229,15 @@ def _sizes(d: int, most: int, dtype: torch.dtype, held: int = HELD) -> dict[str,
     return {"BLOCK": block, "K": min(max(entries, 1), 16), "num_warps": warps}
 
 
+def _sizes_apart(d: int, apart: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same of a program that has several sums side by side."""
+    block = _power_of_2(min(d, APART_COLUMNS))
+    return {"BLOCK": block, "K": apart * 4 // dtype.itemsize, "num_warps": max(apart // 16, 1)}
+
+
 @triton.jit
 def _marked(pre, bias, threshold, by_row, by_column, row, columns, within, stride):
-    """Values of a part of a row, and which are above: both kernels must agree, hence fma, which rounds in one way."""
+    """Values of a part of a row, and which are above."""
     values = tl.load(pre + row * stride + columns, mask=within, other=0.0)
     if bias is not None:
         values += tl.load(bias + columns, mask=within, other=0.0)
@@ -222,28 +248,53 @@ def _marked(pre, bias, threshold, by_row, by_column, row, columns, within, strid
 
 
 @triton.jit
-def _count_above(pre, bias, threshold, by_row, by_column, f, stride, counts, BLOCK: tl.constexpr):
+def _mark_above(
+    pre, bias, threshold, by_row, by_column, f, stride, marks, counts, BLOCK: tl.constexpr, WORD: tl.constexpr
+):
+    """A bit for each entry of a part of a row, and how many are set."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    _, marks = _marked(pre, bias, threshold, by_row, by_column, row, columns, columns < f, stride)
-    tl.store(counts + row * tl.num_programs(1) + part + 1, tl.sum(marks.to(tl.int32), 0))
+    words = part * (BLOCK // WORD) + tl.arange(0, BLOCK // WORD)
+    bits = tl.arange(0, WORD)[None, :]
+    columns = words[:, None] * WORD + bits
+    _, above = _marked(pre, bias, threshold, by_row, by_column, row, columns, columns < f, stride)
+    above = above.to(tl.uint32)
+    found = tl.sum(above << bits.to(tl.uint32), 1)
+    tl.store(marks + row * tl.num_programs(1) * (BLOCK // WORD) + words, found.to(tl.int32, bitcast=True))
+    tl.store(counts + row * tl.num_programs(1) + part + 1, tl.sum(_ones(found).to(tl.int32), 0))
 
 
 @triton.jit
-def _write_above(
-    pre, bias, threshold, by_row, by_column, f, stride, places, out_rows, out_columns, out_values, BLOCK: tl.constexpr
+def _ones(words):
+    """How many bits are set in each, uint32."""
+    words -= (words >> 1) & 0x55555555
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    return (((words + (words >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
+
+
+@triton.jit
+def _list_marked(
+    pre, bias, stride, marks, words, places, most, out_rows, out_columns, out_values, BLOCK: tl.constexpr,
+    WORD: tl.constexpr, PART: tl.constexpr
 ):
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    place = places + row * tl.num_programs(1) + part
-    start = tl.load(place)
-    if tl.load(place + 1) == start:
-        return
-    values, marks = _marked(pre, bias, threshold, by_row, by_column, row, columns, columns < f, stride)
-    at = start + tl.cumsum(marks.to(tl.int32), 0) - 1
-    tl.store(out_rows + at, tl.zeros((BLOCK,), tl.int64) + row, mask=marks)
-    tl.store(out_columns + at, columns.to(tl.int64), mask=marks)
-    tl.store(out_values + at, values, mask=marks)
+    """The entries marked in some words of a row's, to their places: the first of each word, then the second."""
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
+    index = first + tl.arange(0, BLOCK)
+    left = tl.load(marks + row * words + index, mask=index < words, other=0).to(tl.uint32, bitcast=True)
+    counts = _ones(left).to(tl.int32)
+    at = tl.load(places + row * (words // PART) + first // PART) + tl.cumsum(counts, 0) - counts
+    for _ in range(tl.max(counts, 0)):
+        others = left & (left - 1)
+        columns = index * WORD + _ones((left ^ others) - 1).to(tl.int32)
+        inside = (left != 0) & (at < most)
+        values = tl.load(pre + row * stride + columns, mask=inside, other=0.0)
+        if bias is not None:
+            values += tl.load(bias + columns, mask=inside, other=0.0)
+        if out_rows is not None:
+            tl.store(out_rows + at, tl.zeros((BLOCK,), tl.int64) + row, mask=inside)
+        tl.store(out_columns + at, columns.to(out_columns.dtype.element_ty), mask=inside)
+        tl.store(out_values + at, values, mask=inside)
+        left = others
+        at += 1
 
 
 @triton.jit
@@ -276,13 +327,14 @@ def _decode_collected(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
     DTYPE: tl.constexpr = out.dtype.element_ty
-    total = tl.load(base + columns, mask=within, other=0.0).to(DTYPE)
+    total, nothing = tl.zeros((K, BLOCK), DTYPE), tl.zeros((1,), DTYPE)
     for part in range(parts):
         start = (row * parts + part) * (PART + 1)
         stop = start + tl.load(ids + start + PART)
-        total += _segment(start, stop, ids, weights, table, stride, columns, within, DTYPE, K, BLOCK)
-        total += tl.load(weights + start + PART)
-    tl.store(out + row * d + columns, total, mask=within)
+        total = _apart(total, start, stop, ids, weights, table, stride, columns, within, K)
+        nothing += tl.load(weights + start + PART)
+    tl.store(out + row * d + columns, tl.sum(total, 0) + tl.load(base + columns, mask=within, other=0.0) + nothing,
+             mask=within)
 
 
 @triton.jit
@@ -308,14 +360,61 @@ def _segment(
 
 
 @triton.jit
+def _apart(total, start, stop, ids, weights, table, stride, columns, within, K: tl.constexpr):
+    """The same in K sums, each of every K-th entry, to be added up at the end, plus total (K, BLOCK): many entries are
+    on their way at once."""
+    first = start + tl.arange(0, K)
+    rows = tl.load(ids + first, mask=first < stop, other=0).to(tl.int64)
+    factors = tl.load(weights + first, mask=first < stop, other=0.0).to(total.dtype)
+    for begin in range(start, stop, K):
+        inside = begin + tl.arange(0, K) < stop
+        values = tl.load(table + rows[:, None] * stride + columns[None, :], mask=inside[:, None] & within[None, :],
+                         other=0.0).to(total.dtype)
+        entries = begin + K + tl.arange(0, K)
+        rows = tl.load(ids + entries, mask=entries < stop, other=0).to(tl.int64)
+        total += factors[:, None] * values
+        factors = tl.load(weights + entries, mask=entries < stop, other=0.0).to(total.dtype)
+    return total
+
+
+@triton.jit(do_not_specialize=["n"])
 def _weighted_sums(
-    starts, ids, weights, table, to_all, to_each, out, d, stride, K: tl.constexpr, BLOCK: tl.constexpr
+    starts, ids, weights, table, to_all, to_each, out, n, d, stride, LONG: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(starts + row), tl.load(starts + row + 1)
+    if stop - start > LONG:
+        return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
-    total = _segment(tl.load(starts + row), tl.load(starts + row + 1), ids, weights, table, stride, columns, within,
-                     out.dtype.element_ty, K, BLOCK)
+    total = _segment(start, stop, ids, weights, table, stride, columns, within, out.dtype.element_ty, K, BLOCK)
+    _store_sum(total, to_all, to_each, out, row, d, columns, within)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _long_sums(
+    starts, ids, weights, table, to_all, to_each, out, n, d, stride, LONG: tl.constexpr, ROWS: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of ROWS segments, which lie far from each other, those that are long."""
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    looked = first + tl.arange(0, ROWS) * step
+    starting = tl.load(starts + looked, mask=looked < n, other=0)
+    if tl.max(tl.load(starts + looked + 1, mask=looked < n, other=0) - starting, 0) <= LONG:
+        return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = columns < d
+    for row in range(first, n, step):
+        start, stop = tl.load(starts + row), tl.load(starts + row + 1)
+        if stop - start > LONG:
+            total = tl.zeros((K, BLOCK), out.dtype.element_ty)
+            total = _apart(total, start, stop, ids, weights, table, stride, columns, within, K)
+            _store_sum(tl.sum(total, 0), to_all, to_each, out, row, d, columns, within)
+
+
+@triton.jit
+def _store_sum(total, to_all, to_each, out, row, d, columns, within):
     if to_all is not None:
         total += tl.load(to_all + columns, mask=within, other=0.0)
     if to_each is not None:

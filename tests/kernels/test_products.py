@@ -247,3 +247,17 @@ def test_only_float64_on_both_sides_computes_in_float64():
     assert kernels.linear(wide, narrow, torch.zeros(2)).dtype == torch.float32
     assert kernels.linear(narrow, wide, torch.zeros(2)).dtype == torch.float32
     assert kernels.linear(narrow.half(), narrow.half(), torch.zeros(2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "n", "d_sae", "tokens", "features"), [
+    (torch.bfloat16, 4096, 16384, 4096, 16384), (torch.bfloat16, 4096, 131072, 512, 131072),
+    (torch.bfloat16, 4096, 2**20, 512, 131072), (torch.bfloat16, 100, 131072, 100, 131072),
+    (torch.float32, 4096, 131072, 4096, 16384), (torch.float32, 9000, 16384, 3000, 16384)])
+def test_gpus_take_all_features_of_fewer_tokens_unless_weights_are_rounded_each_time(dtype, n, d_sae, tokens, features):
+    x, rows = torch.empty(n, 8, device="meta"), torch.empty(d_sae, 8, dtype=dtype, device="meta")
+    taken = [t.stop - t.start for t in tiles.token_tiles(x, rows)]
+    assert (sum(taken), max(taken)) == (n, tokens)
+    parts = [f.stop - f.start for f in tiles.feature_tiles(x[:max(taken)], d_sae)]
+    assert (sum(parts), max(parts)) == (d_sae, features)
+    assert tiles.has_all_features(x, rows) == (features == d_sae)
+    assert tiles.is_one_tile(x, rows) == (features == d_sae and tokens == n)

@@ -27,6 +27,15 @@ triton = pytest.importorskip("triton")
 from sae_hooks.kernels import segments, triton_ops  # noqa: E402
 
 
+@pytest.fixture(params=[False, True], ids=["", "long segments"])
+def long_segments(request, monkeypatch):
+    """Also where most have programs of their own, each with few sums side by side, that look for them among others."""
+    if request.param:
+        for name, value in {"LONG": 2, "ROWS": 2, "APART": 8, "APART_COLUMNS": 64}.items():
+            monkeypatch.setattr(triton_ops, name, value)
+
+
+@pytest.mark.usefixtures("long_segments")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("d", WIDTHS)
 def test_weighted_sums(d, kind):
@@ -57,6 +66,7 @@ def test_dots(d, kind):
     close(found, expected)
 
 
+@pytest.mark.usefixtures("long_segments")
 @pytest.mark.parametrize("integers", [(torch.int32, torch.int64), (torch.int64, torch.int32)])
 @pytest.mark.parametrize("one", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64])
@@ -72,6 +82,7 @@ def test_dtypes_mix_and_sums_are_wide(one, other, integers):
     close(products, (by_row[rows] * table[ids]).sum(1))
 
 
+@pytest.mark.usefixtures("long_segments")
 @pytest.mark.parametrize("view", [strided, padded])
 def test_views_are_taken_as_they_are(view):
     starts, rows, ids = put(*segments_of("mixed"))
@@ -83,6 +94,7 @@ def test_views_are_taken_as_they_are(view):
     assert same(found, triton_ops.dots(starts, rows, ids, by_row, table))
 
 
+@pytest.mark.usefixtures("long_segments")
 def test_rows_lie_further_away_than_int32_counts(tmp_path):
     table = far(tmp_path, torch.float16)
     near = normal(3, 40, dtype=torch.float16)
@@ -95,6 +107,7 @@ def test_rows_lie_further_away_than_int32_counts(tmp_path):
     close(triton_ops.dots(*indices, table, table), (near[rows] * near[ids]).sum(1))
 
 
+@pytest.mark.usefixtures("long_segments")
 def test_no_rows_and_no_columns():
     starts, none, weights = put(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     table = torch.zeros(4, 5, device=DEVICE)
@@ -106,6 +119,7 @@ def test_no_rows_and_no_columns():
     assert triton_ops.dots(starts, zero, zero, table[:, :0], table[:, :0]).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.usefixtures("long_segments")
 def test_what_is_not_taken_may_be_nan():
     starts, rows, ids = put(*segments_of("one row", m=8))
     weights, by_row, table = put(torch.ones(8), torch.ones(7, 40), torch.ones(9, 40))
@@ -252,20 +266,24 @@ def compile(kernel, types, constants, warps=4):
 for number, slack in (("*fp32", True), ("*fp64", False)):
     types = {"pre": number, "threshold": number, "f": "i32", "stride": "i32"}
     types |= {"by_row": number, "by_column": number} if slack else {"bias": number}
-    compile(ops._count_above, types | {"counts": "*i64"}, {"BLOCK": 1024})
-    outputs = {"places": "*i64", "out_rows": "*i64", "out_columns": "*i64", "out_values": number}
-    compile(ops._write_above, types | outputs, {"BLOCK": 1024})
+    compile(ops._mark_above, types | {"marks": "*i32", "counts": "*i64"}, {"BLOCK": 1024, "WORD": 32})
+    entries = {n: t for n, t in types.items() if n in ("pre", "bias", "stride")}
+    entries |= {"marks": "*i32", "words": "i32", "places": "*i64", "most": "i32", "out_values": number}
+    outputs = {"out_rows": "*i64", "out_columns": "*i64"} if slack else {"out_columns": "*i32"}
+    compile(ops._list_marked, entries | outputs, {"BLOCK": 256, "WORD": 32, "PART": 32})
     few = {n: t for n, t in types.items() if not n.startswith("by_")} | {"out_columns": "*i32", "out_values": number}
     compile(ops._collect, few, {"PART": 16384, "BLOCK": 4096}, 16)
     few = {"ids": "*i32", "weights": number, "table": number, "base": number, "out": number, "parts": "i32", "d": "i32",
            "stride": "i32"}
-    compile(ops._decode_collected, few, {"PART": 16384, "K": 8, "BLOCK": 512}, 1)
+    compile(ops._decode_collected, few, {"PART": 16384, "K": 32, "BLOCK": 128}, 2)
 for table, number, starts, ids in (("*fp32", "*fp32", "*i32", "*i64"), ("*bf16", "*fp32", "*i64", "*i32"),
                                    ("*fp64", "*fp64", "*i32", "*i32")):
     types = {"starts": starts, "ids": ids, "weights": number, "table": table, "d": "i32", "stride": "i32"}
     sizes = {"K": 8, "BLOCK": 512}
     added = {"to_all": number, "to_each": number} if table == "*bf16" else {}
-    compile(ops._weighted_sums, types | added | {"out": number}, sizes, 1)
+    sums = types | added | {"out": number, "n": "i32"}
+    compile(ops._weighted_sums, sums, sizes | {"LONG": 512}, 1)
+    compile(ops._long_sums, sums, {"K": 128, "BLOCK": 128, "LONG": 512, "ROWS": 128}, 8)
     adam = {"weight": number, "square": number, "last": "*i32", "lengths": ids, "features": "*i64",
             "scalars": number, "step": "i32"}
     compile(ops._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 2, "BLOCK": 4096}, 8)
@@ -284,4 +302,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 18
+    assert len(done.stdout.split()) == 21

@@ -118,3 +118,20 @@ def test_above_takes_strided_matrices(tmp_path):
     for other in (strided(on), padded(on), on.T.contiguous().T, matrix):
         found = triton_ops.Above(other, strided(threshold.to(DEVICE)[None])[0]).listed()
         assert all(same(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_the_first_entries_are_told_without_asking_how_many_there_are():
+    pre, bias, threshold = (normal(*shape, seed=i).float() for i, shape in enumerate([(5, 2500), (2500,), (2500,)]))
+    pre[3] = -99
+    found = triton_ops.Above(*put(pre, threshold + 2, bias))
+    rows, columns, values = (part.cpu() for part in found.listed())
+    assert 500 < found.total() < 3000
+    for most in (0, 1, 700, found.total(), found.total() + 9):
+        starts, few, numbers = (part.cpu() for part in found.first(most))
+        told = min(most, found.total())
+        assert starts.tolist() == [min(int((rows < row).sum()), most) for row in range(6)]
+        assert (starts.dtype, few.dtype, len(few), len(numbers)) == (torch.int64, torch.int32, most, most)
+        assert same(few[:told], columns[:told].int())
+        assert same(numbers[:told], values[:told])
+    assert triton_ops.Above(*put(torch.zeros(0, 7), torch.zeros(7))).first(3)[0].tolist() == [0]
+    assert triton_ops.Above(*put(torch.zeros(2, 0), torch.zeros(0))).first(3)[0].tolist() == [0, 0, 0]
