@@ -24,7 +24,7 @@ from kernels.triton_cases import (
 
 triton = pytest.importorskip("triton")
 
-from sae_hooks.kernels import segments, triton_ops  # noqa: E402
+from sae_hooks.kernels import segments, triton_ops, triton_sums  # noqa: E402
 
 
 @pytest.fixture(params=[False, True], ids=["", "long segments"])
@@ -32,7 +32,7 @@ def long_segments(request, monkeypatch):
     """Also where most have programs of their own, each with few sums side by side, that look for them among others."""
     if request.param:
         for name, value in {"LONG": 2, "ROWS": 2, "APART": 8, "APART_COLUMNS": 64}.items():
-            monkeypatch.setattr(triton_ops, name, value)
+            monkeypatch.setattr(triton_sums, name, value)
 
 
 @pytest.mark.usefixtures("long_segments")
@@ -251,7 +251,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sae_hooks.kernels import triton_ops as ops
+from sae_hooks.kernels import triton_ops as ops, triton_sums as sums_of
 
 def compile(kernel, types, constants, warps=4):
     names = kernel.arg_names
@@ -282,16 +282,16 @@ for table, number, starts, ids in (("*fp32", "*fp32", "*i32", "*i64"), ("*bf16",
     sizes = {"K": 8, "BLOCK": 512}
     added = {"to_all": number, "to_each": number} if table == "*bf16" else {}
     sums = types | added | {"out": number, "n": "i32"}
-    compile(ops._weighted_sums, sums, sizes | {"LONG": 512}, 1)
-    compile(ops._long_sums, sums, {"K": 128, "BLOCK": 128, "LONG": 512, "ROWS": 128}, 8)
+    compile(sums_of._weighted_sums, sums, sizes | {"LONG": 512}, 1)
+    compile(sums_of._long_sums, sums, {"K": 128, "BLOCK": 128, "LONG": 512, "ROWS": 128}, 8)
     adam = {"weight": number, "square": number, "last": "*i32", "lengths": ids, "features": "*i64",
             "scalars": number, "step": "i32"}
-    compile(ops._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 2, "BLOCK": 4096}, 8)
+    compile(sums_of._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 2, "BLOCK": 4096}, 8)
     pairs = {"rows": ids, "ids": ids, "by_row": number, "by_id": table, "out": number, "count": "i32", "d": "i32",
              "row_stride": "i32", "id_stride": "i32"}
-    compile(ops._dots, pairs, {"K": 16, "BLOCK": 128})
+    compile(sums_of._dots, pairs, {"K": 16, "BLOCK": 128})
 one = {"d": 1, "row_stride": 1, "id_stride": 1}  # Triton makes constants of ones
-compile(ops._dots, {n: t for n, t in pairs.items() if n not in one}, one | {"K": 16, "BLOCK": 1})
+compile(sums_of._dots, {n: t for n, t in pairs.items() if n not in one}, one | {"K": 16, "BLOCK": 1})
 """
 
 
