@@ -1,7 +1,9 @@
 """What the model calls: one permanent hook a site, one at the door of the model, one before `generate`.
 
 While nothing is open a hook returns None after one attribute test, which torch.compile traces as a guard; while
-something is open the work runs outside the compiled graph, so what was compiled before never decides what is edited.
+something is open the work runs outside of what is compiled: in an operator that the compiler cannot look into
+(traced.py), or, where gradients are wanted, between two graphs. So what was compiled before never decides what is
+edited.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import edits, kernels, sites
+from . import edits, kernels, sites, traced
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .generation import GUIDED, Generation, is_assistant
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
@@ -51,23 +53,43 @@ class SiteHook:
     def __init__(self, runtime: Runtime, site: sites.Site) -> None:
         self.runtime, self.site = runtime, site
         self.slots: list[Slot] = []
+        self.name = traced.enter(self)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook: the module's output with the open requests applied, or None for as it is."""
         if not self.runtime.active or self._idle():
             return None
+        if self._in_graph():
+            new = traced.at_site(sites.read(output, self.site.key), self.name)
+            return sites.write(output, new, self.site.key)
         return self._after(output)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Forward pre-hook: (args, kwargs) with the open requests applied, or None for as they are."""
         if not self.runtime.active or self._idle():
             return None
+        if self._in_graph():
+            place = sites.find_input(args, kwargs, self.site.key)
+            new = traced.at_site(sites.input_at(args, kwargs, place), self.name)
+            return sites.replace_input(args, kwargs, place, new)
         return self._before(module, args, kwargs)
 
     def _idle(self) -> bool:
-        """Whether nothing is open at this site. Compiled graphs must not ask: they would be compiled anew for each set
-        of sites."""
-        return not torch.compiler.is_compiling() and self.site.key not in self.runtime.busy
+        """Whether nothing is open at this site; of a graph, whether it never looks here. Those are not to be compiled
+        anew for each set of sites."""
+        if torch.compiler.is_compiling():
+            return self.runtime.traced is not None and self.site.key not in self.runtime.traced
+        return self.site.key not in self.runtime.busy
+
+    def _in_graph(self) -> bool:
+        """Whether a graph is being made in which the site may be an operator: it has no gradients, and were left out
+        if nobody needed its result, as where normalized activations are only read."""
+        return torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.site.side != "normalized"
+
+    def applied(self, x: Tensor) -> Tensor:
+        """x (..., d) with the open requests applied, or x itself."""
+        requests = self._requests()
+        return self._apply(x, requests) if requests else x
 
     @untraced
     def _after(self, output: Any) -> Any:
@@ -84,13 +106,11 @@ class SiteHook:
         if not requests:
             return None
         place = sites.find_input(args, kwargs, self.site.key)
-        x = args[place] if isinstance(place, int) else kwargs[place]
+        x = sites.input_at(args, kwargs, place)
         new = self._apply(sites.normalize(x, module) if self.site.side == "normalized" else x, requests)
         if new is x or self.site.side == "normalized":
             return None
-        if isinstance(place, int):
-            return (*args[:place], new, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: new}
+        return sites.replace_input(args, kwargs, place, new)
 
     def _requests(self) -> list[Request]:
         generation: Generation | None = getattr(self.runtime.local, "generation", None)

@@ -20,6 +20,7 @@ from .generation import Generation
 from .sae import SAE
 from .tokens import Pass
 
+MOST_GROWTHS = 3  # of the sites in compiled graphs: the first that are open, those and others, all
 SINK_MULTIPLE = 10.0  # of the site's typical norm: attention sinks lie far above, ordinary tokens far below
 
 
@@ -152,7 +153,9 @@ class Runtime:
     """The open requests of one model, and the forward pass that each thread is in."""
 
     def __init__(self, special_ids: frozenset[int]) -> None:
-        self.active = False  # the only thing a compiled graph looks at
+        self.active = False
+        self.traced: frozenset[str] | None = frozenset()  # sites that compiled graphs look at; None: all
+        self._growths = 0  # of it, at each of which models are compiled anew
         self.openings = 0  # how often it became so: passes before were not noted
         self.busy: frozenset[str] = frozenset()  # sites that any open request touches, in whatever context
         self.special_ids = special_ids
@@ -200,6 +203,9 @@ class Runtime:
     def _refresh(self) -> None:
         requests = (*self.everywhere, *self._contexts)
         self.busy = frozenset(place.key for r in requests for place in (r.slot.read, r.slot.write))
+        if self.traced is not None and not self.busy <= self.traced:
+            self._growths += 1
+            self.traced = self.traced | self.busy if self._growths < MOST_GROWTHS else None
         self.openings += bool(requests) and not self.active
         self.active = bool(requests)
 

@@ -175,6 +175,21 @@ def find_input(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> int
     raise SaeAttachError(f"{where}: no floating-point tensor among the module's inputs")
 
 
+def input_at(args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str) -> Tensor:
+    """The input that stands where `find_input` says."""
+    x: Tensor = args[place] if isinstance(place, int) else kwargs[place]
+    return x
+
+
+def replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) with another input in its place."""
+    if isinstance(place, int):
+        return (*args[:place], new, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: new}
+
+
 def normalize(x: Tensor, norm: nn.Module) -> Tensor:
     """RMS-normalise x (..., d) without the norm's gain, with the norm's own epsilon; float32 inside, x's dtype out."""
     eps = next((e for name in ("eps", "variance_epsilon") if (e := getattr(norm, name, None)) is not None), 1e-6)

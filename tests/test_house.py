@@ -32,6 +32,7 @@ FLOORS = {
     "sae_hooks/records.py": 2,
     "sae_hooks/documents.py": 3,
     "sae_hooks/formats/": 3,
+    "sae_hooks/traced.py": 2,
     "sae_hooks/runtime.py": 3,
     "sae_hooks/capture.py": 3,
     "sae_hooks/replay.py": 3,

@@ -3,6 +3,7 @@
 Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), CSR = (indptr (n + 1), indices, values).
 """
 
+from .custom_ops import OUTSIDE_CUDA_GRAPHS
 from .search import Triplets, above, keep_largest, largest, topk_gate
 from .segments import (
     adam_rows,
@@ -32,6 +33,7 @@ from .torch_ops import (
 )
 
 __all__ = [
+    "OUTSIDE_CUDA_GRAPHS",
     "Csr",
     "Triplets",
     "above",

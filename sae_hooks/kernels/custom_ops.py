@@ -16,7 +16,7 @@ from .tiles import wide
 P = ParamSpec("P")
 R = TypeVar("R")
 # torch.compile's CUDA graphs must leave these out: they wait for the number of active features.
-TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+OUTSIDE_CUDA_GRAPHS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
 def traceable(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -27,7 +27,7 @@ def traceable(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[P,
             return tuple(map(_own, found)) if isinstance(found, tuple) else _own(found)
 
         operator = torch.library.custom_op(f"sae_hooks::{function.__name__}", whole, mutates_args=(), schema=signature,
-                                           tags=TAGS)
+                                           tags=OUTSIDE_CUDA_GRAPHS)
         operator.register_fake(fake)
 
         @wraps(function)

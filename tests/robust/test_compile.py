@@ -9,7 +9,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from sae_hooks import SaeAttachError, SaeWarning, attach, attach_saes, detach_saes
+from sae_hooks import EditError, SaeAttachError, SaeWarning, attach, attach_saes, detach_saes, traced
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SITES = ("model.layers.1.output", "model.layers.0.self_attn.o_proj.input")
@@ -172,9 +172,97 @@ def test_turning_edits_on_and_off_again_compiles_nothing_anew(model, ids, saes, 
             steered = logits(compiled, ids)
             assert torch.equal(steered, logits(model, ids))
         logits(compiled, ids)
-    with model.saes.capture():
+    with model.saes.capture(layer=1):
         logits(compiled, ids)
     assert len(graphs) == known
+    logits(compiled, ids)
+    assert len(graphs) == known
+
+
+def test_other_sites_are_compiled_anew_a_few_times_and_then_no_more(three, ids, random_sae, backend, graphs):
+    model = attach_saes(three, {site: random_sae(32, 64, site, norm=8.0) for site in INSIDE})
+    compiled = torch.compile(model, backend=backend)
+    logits(compiled, ids)
+    known = [len(graphs)]
+    for site in (*INSIDE, *INSIDE[::-1]):
+        with model.saes.add({2: 8.0}, site=site) as add:
+            assert torch.equal(logits(compiled, ids), logits(model, ids))
+            assert add.positions_edited == 2 * ids.numel()
+        known.append(len(graphs))
+    assert known[0] < known[1] < known[2] < known[3]
+    assert set(known[3:]) == {known[3]}
+
+
+def test_an_edit_leaves_all_layers_compiled(random_model, ids, random_sae, backend, graphs, monkeypatch):
+    """A break in the loop over layers would give each a graph of its own, of which there may be 8."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    model = attach_saes(random_model("Llama", layers=10), random_sae(32, 64, SITES[0], norm=8.0))
+    compiled = torch.compile(model, backend=backend)
+    with model.saes.add({2: 8.0}):
+        assert torch.equal(logits(compiled, ids), logits(model, ids))
+    assert len(graphs) <= 4
+    layers = [{node.name for node in graph.graph.nodes if "q_proj" in str(node.target) + node.name} for graph in graphs]
+    assert max(map(len, layers)) >= 10
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler asks for it
+def test_gradients_flow_through_edits_of_a_compiled_model(model, ids, saes, backend):
+    attach_saes(model, saes)
+    compiled = torch.compile(model, backend=backend)
+    weight = model.get_input_embeddings().weight
+    grads = []
+    for each in (model, compiled):
+        with EDITS["clamp"](model.saes), model.saes.splice(layer=1):
+            grads.append(torch.autograd.grad(each(ids, use_cache=False).logits.square().sum(), weight)[0])
+    assert torch.equal(*grads)
+    assert bool(grads[0].any())
+
+
+def test_an_error_inside_a_graph_reaches_the_caller(model, ids, saes, backend):
+    attach_saes(model, saes)
+    compiled = torch.compile(model, backend=backend)
+    plain, told = logits(compiled, ids), []
+    with EDITS["clamp other features, rows apart"](model.saes):
+        for each in (model, compiled):
+            with pytest.raises(EditError) as error:
+                logits(each, ids.repeat(2, 1))
+            told.append(str(error.value))
+        assert told[0] == told[1]
+    assert torch.equal(logits(compiled, ids), plain)
+
+
+def test_normalized_activations_are_seen_in_a_compiled_model(model, ids, random_sae, backend):
+    """Nobody changes them: the graph could do without the operator."""
+    places = "model.layers.1.post_attention_layernorm.normalized", "model.layers.1.mlp.output"
+    attach_saes(model, random_sae(32, 64, places[0], norm=6.0, site_out=places[1]))
+    compiled = torch.compile(model, backend=backend)
+    with model.saes.capture() as seen:
+        logits(model, ids)
+    with model.saes.capture() as ours:
+        logits(compiled, ids)
+    (name,) = model.saes
+    assert torch.equal(ours[name].to_dense(), seen[name].to_dense())
+    assert len(ours[name].values) > 0
+    with model.saes.splice():
+        assert torch.equal(logits(compiled, ids), logits(model, ids))
+
+
+def test_what_a_hook_sees_and_gives_is_not_in_the_graph_s_memory():
+    class Hook:
+        def applied(self, x):
+            self.seen = x
+            return x if self.as_is else (2 * x).T.contiguous().T
+
+    hook, x = Hook(), torch.randn(3, 4)
+    name = traced.enter(hook)
+    for hook.as_is in (True, False):
+        for each in (x, x.T):
+            out = traced.at_site(each, name)
+            assert torch.equal(out, each if hook.as_is else 2 * each)
+            assert out.is_contiguous()
+            assert len({t.data_ptr() for t in (each, out, hook.seen)}) == 3
+    del hook
+    assert torch.equal(traced.at_site(x, name), x)
 
 
 def test_with_nothing_open_the_whole_model_is_one_graph(model, ids, saes, backend, graphs):
