@@ -1,4 +1,4 @@
-"""Speed on a GPU: python benchmarks/speed_gpu.py [--only step|splice|language-model] [--mode MODE ...] [--record]
+"""Speed on a GPU: python benchmarks/speed_gpu.py [--only PART] [--mode MODE ...] [--record]
 
 Without a GPU, `--smoke` runs all of it on the CPU with tiny shapes in under a minute; its numbers mean nothing. Times
 are medians of interleaved rounds after a warm-up, between CUDA events. "out of memory" in a row is a result, too: the
@@ -16,6 +16,8 @@ splice          `sae(x, torch.float32)` and `sae.encode_sparse(x)` for x in bflo
     bf16/it     how many times as long the dense way takes, all in bfloat16: product, threshold, product; and for
                 encode product, threshold, nonzero, its values
     f32/it      the same, all in float32, TF32 off
+sweep           the step, and a splice of 4,096 tokens in bfloat16 by weights in bfloat16 and in float32, by share of
+                features active; beside each (/dense) over the dense way in the weights' own dtype: at most 1.05
 language-model  Gemma 2 9B's shapes in bfloat16, an SAE of 16k features at every layer (--sae-dtype). Modes: prefill of
                 4 x 1024 tokens; generate 16 tokens from 32, batch 1, greedy, with the default cache; static: with
                 cache_implementation="static", not compiled; compiled: the same, compiled by transformers' own way,
@@ -63,13 +65,14 @@ from speed_gpu_parts import (
     step,
     verdict,
 )
+from speed_gpu_sweep import sweep
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompileConfig, Gemma2Config
 
 from sae_hooks import attach_saes, detach_saes
 
 RESULTS = Path(__file__).parent / "results"
-PARTS, MODES = ("step", "splice", "language-model"), ("prefill", "generate", "static", "compiled")
+PARTS, MODES = ("step", "splice", "sweep", "language-model"), ("prefill", "generate", "static", "compiled")
 GEMMA_2_9B: dict[str, Any] = {
     "hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
     "intermediate_size": 14336, "vocab_size": 256000, "sliding_window": 4096, "query_pre_attn_scalar": 256,
@@ -334,10 +337,10 @@ def main() -> None:
     record = Record(path, machine())
     device, rounds = ("cpu", 1) if options.smoke else ("cuda", options.rounds)
     bench = Bench(torch.device(device), options.smoke, rounds, getattr(torch, options.sae_dtype), options.bandwidth,
-                  record.say)
+                  record.say, 6 if options.smoke else 60)
     for part in PARTS if options.only is None else (options.only,):
         record.section(part)
-        run = {"step": partial(step, bench), "splice": partial(splice, bench),
+        run = {"step": partial(step, bench), "splice": partial(splice, bench), "sweep": partial(sweep, bench),
                "language-model": partial(language_model, bench, tuple(options.mode), record.section)}[part]
         failed = attempt(run)
         if isinstance(failed, Failed):

@@ -22,7 +22,7 @@ def parts(monkeypatch):
 
 @pytest.fixture
 def bench(parts):
-    return parts.Bench(torch.device("cpu"), True, 3, torch.bfloat16, 0.001, print)
+    return parts.Bench(torch.device("cpu"), True, 3, torch.bfloat16, 0.001, print, 6)
 
 
 def rows(output):
@@ -44,6 +44,7 @@ def test_every_row_comes_out():
     assert [line[36:50].split() for line in found.pop("step")[1:]] == [
         ["ours"], ["dense", "autograd"], ["product"]] * 3
     assert len(found.pop("splice")) == 1 + 2 * 4 * 2
+    assert [line.split()[2] for line in found.pop("sweep")[1:]] == ["50.0%", "10.0%", "3.0%", "1.5%", "0.7%", "0.2%"]
     assert found.pop("language-model") == []
     cases = {name: [line[10:28].strip() for line in lines[2:]] for name, lines in found.items()}
     wanted = {"prefill": SPLICED, "generate": SPLICED, "static": SPLICED, "compiled": ["bare", "clamp 8 features"]}
