@@ -89,12 +89,11 @@ def _in_tiles(
 ) -> Triplets:
     """What a search gives that is begun in one tile after the other."""
     found, ahead = [], not is_one_tile(x, W_rows)
-    tiles = (
-        (t, f, search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead))
-        for t in token_tiles(x, W_rows)
-        for f in feature_tiles(x[t], len(W_rows))
-    )
-    for t, of_tokens in groupby(_one_ahead(tiles), lambda tile: tile[0]):
+
+    def begun(t: slice, f: slice) -> Callable[[], Triplets]:
+        return search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead)
+
+    for t, of_tokens in _by_tokens(x, W_rows, begun):
         parts = [_moved(listed(), 0, f.start) for _, f, listed in of_tokens]
         found.append(_moved(_by_row(parts, t.stop - t.start, bias), t.start, 0))
     return _joined(found, bias)
@@ -140,14 +139,21 @@ def reconstruct(
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
         return weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
-    out, room = b_dec + _nothing(x, dtype), room_for_tiles(x, W_rows, bias)
-    for t in token_tiles(x, W_rows):
+    return _reconstruct_in_tiles(x, W_rows, bias, threshold, W_dec, b_dec)
+
+
+def _reconstruct_in_tiles(
+    x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    """`reconstruct` of some tokens and features after the other."""
+    out, room = b_dec + _nothing(x, b_dec.dtype), room_for_tiles(x, W_rows, bias)
+
+    def begun(t: slice, f: slice) -> Callable[[], Triplets | Tensor]:
+        return _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room, ahead=True)
+
+    for t, of_tokens in _by_tokens(x, W_rows, begun):
         sparse = []
-        tiles = (
-            (f, _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room, ahead=True))
-            for f in feature_tiles(x[t], len(W_rows))
-        )
-        for f, found in _one_ahead(tiles):
+        for _, f, found in of_tokens:
             part = found()
             if isinstance(part, Tensor):
                 out[t] = _dense(out[t], part, W_dec[f])
@@ -229,6 +235,14 @@ def _in_tile(
         listed: Callable[[], Triplets] = triton.Above(pre, threshold, rest, ahead=ahead).listed
         return listed
     return lambda: above(affine(x, rows, bias, multiply, room), threshold)
+
+
+def _by_tokens(
+    x: Tensor, W_rows: Tensor, begun: Callable[[slice, slice], T]
+) -> Iterator[tuple[slice, Iterator[tuple[slice, slice, T]]]]:
+    """(tokens, tiles of theirs), each tile (tokens, features, what begun(tokens, features) gave)."""
+    tiles = ((t, f, begun(t, f)) for t in token_tiles(x, W_rows) for f in feature_tiles(x[t], len(W_rows)))
+    return groupby(_one_ahead(tiles), lambda tile: tile[0])
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -134,7 +134,7 @@ def _ones(words):
     return (((words + (words >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _list_marked(
     pre, bias, stride, marks, words, places, most, out_rows, out_columns, out_values, BLOCK: tl.constexpr,
     WORD: tl.constexpr, PART: tl.constexpr
