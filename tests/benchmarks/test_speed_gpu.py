@@ -9,7 +9,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SPLICED = ["bare", "nothing open", "1 spliced", "2 spliced", "clamp 8 features", "capture a layer"]
+SPLICED = ["bare", "nothing open", "1 spliced", "2 spliced", "capture a layer", "bare", "clamp 8 features"]
 
 
 @pytest.fixture
