@@ -82,8 +82,8 @@ class SiteHook:
         return self.site.key not in self.runtime.busy
 
     def _in_graph(self) -> bool:
-        """Whether a graph is being made in which the site may be an operator: it has no gradients, and were left out
-        if nobody needed its result, as where normalized activations are only read."""
+        """Whether a graph is being made in which the site may be an operator: that has no gradients, and is left out of
+        the graph where nobody needs its result, as where normalized activations are only read."""
         return torch.compiler.is_compiling() and not torch.is_grad_enabled() and self.site.side != "normalized"
 
     def applied(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .tiles import wide
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# torch.compile's CUDA graphs must leave these out: they wait for the number of active features.
+# torch.compile's CUDA graphs must leave such operators out: they wait for the number of active features, or run hooks.
 OUTSIDE_CUDA_GRAPHS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 

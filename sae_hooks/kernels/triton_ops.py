@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_sums import FUSION, adam_rows, apart, cdiv, dots, even, on, power_of_2, sizes_apart, warps, weighted_sums
+from .triton_sums import FUSION, adam_rows, cdiv, dots, even, on, power_of_2, segment, sizes_apart, warps, weighted_sums
 
 __all__ = ["Above", "adam_rows", "dots", "reconstruct_few", "weighted_sums"]
 
@@ -194,7 +194,7 @@ def _decode_collected(
     for part in range(parts):
         start = (row * parts + part) * (PART + 1)
         stop = start + tl.load(ids + start + PART)
-        total = apart(total, start, stop, ids, weights, table, stride, columns, within, K)
+        total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
         nothing += tl.load(weights + start + PART)
     tl.store(out + row * d + columns, tl.sum(total, 0) + tl.load(base + columns, mask=within, other=0.0) + nothing,
              mask=within)

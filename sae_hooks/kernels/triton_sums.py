@@ -152,31 +152,10 @@ def sizes_apart(d: int, sums: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @triton.jit
-def _segment(
-    start, stop, ids, weights, table, stride, columns, within, DTYPE: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr
-):
-    """The weighted sum over entries start:stop of these columns of the table, K entries at a time: while the rows of
-    some are on their way, so are the numbers of the next."""
-    total = tl.zeros((BLOCK,), DTYPE)
-    first = start + tl.arange(0, K)
-    rows = tl.load(ids + first, mask=first < stop, other=0).to(tl.int64)
-    factors = tl.load(weights + first, mask=first < stop, other=0.0).to(DTYPE)
-    for begin in range(start, stop, K):
-        inside = begin + tl.arange(0, K) < stop
-        values = tl.load(table + rows[:, None] * stride + columns[None, :], mask=inside[:, None] & within[None, :],
-                         other=0.0).to(DTYPE)
-        entries = begin + K + tl.arange(0, K)
-        rows = tl.load(ids + entries, mask=entries < stop, other=0).to(tl.int64)
-        total += tl.sum(factors[:, None] * values, 0)
-        factors = tl.load(weights + entries, mask=entries < stop, other=0.0).to(DTYPE)
-    return total
-
-
-@triton.jit
-def apart(total, start, stop, ids, weights, table, stride, columns, within, K: tl.constexpr):
-    """The same in K sums, each of every K-th entry, to be added up at the end, plus total (K, BLOCK): many entries are
-    on their way at once."""
+def segment(total, start, stop, ids, weights, table, stride, columns, within, K: tl.constexpr):
+    """total plus the weighted sum over entries start:stop of these columns of the table, K entries at a time: while the
+    rows of some are on their way, so are the numbers of the next. total (K, BLOCK), in place of (BLOCK): K sums, each
+    of every K-th entry, to be added up at the end."""
     first = start + tl.arange(0, K)
     rows = tl.load(ids + first, mask=first < stop, other=0).to(tl.int64)
     factors = tl.load(weights + first, mask=first < stop, other=0.0).to(total.dtype)
@@ -186,7 +165,11 @@ def apart(total, start, stop, ids, weights, table, stride, columns, within, K: t
                          other=0.0).to(total.dtype)
         entries = begin + K + tl.arange(0, K)
         rows = tl.load(ids + entries, mask=entries < stop, other=0).to(tl.int64)
-        total += factors[:, None] * values
+        terms = factors[:, None] * values
+        if len(total.shape) == 1:
+            total += tl.sum(terms, 0)
+        else:
+            total += terms
         factors = tl.load(weights + entries, mask=entries < stop, other=0.0).to(total.dtype)
     return total
 
@@ -202,7 +185,8 @@ def _weighted_sums(
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
-    total = _segment(start, stop, ids, weights, table, stride, columns, within, out.dtype.element_ty, K, BLOCK)
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
     _store_sum(total, to_all, to_each, out, row, d, columns, within)
 
 
@@ -223,7 +207,7 @@ def _long_sums(
         start, stop = tl.load(starts + row), tl.load(starts + row + 1)
         if stop - start > LONG:
             total = tl.zeros((K, BLOCK), out.dtype.element_ty)
-            total = apart(total, start, stop, ids, weights, table, stride, columns, within, K)
+            total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
             _store_sum(tl.sum(total, 0), to_all, to_each, out, row, d, columns, within)
 
 
@@ -272,7 +256,8 @@ def _adam_rows(
     rate, eps, new, log2_beta2 = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3)
     correction = tl.load(scalars + 4)
     decay = tl.exp2(log2_beta2 * (step - tl.load(last + row)).to(DTYPE))
-    grad = _segment(start, start + length, ids, weights, table, stride, columns, within, DTYPE, K, BLOCK)
+    grad = tl.zeros((BLOCK,), DTYPE)
+    grad = segment(grad, start, start + length, ids, weights, table, stride, columns, within, K)
     if UNIT:
         grad -= tl.sum(grad * w, 0) * w
     v = v * decay + new * grad * grad
