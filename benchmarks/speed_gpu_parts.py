@@ -371,15 +371,21 @@ def splice_rows(saes: Mapping[str, SAE], x: Tensor, bench: Bench, asked: bool) -
                   + "".join(notes))
 
 
-def splice_shape(d_in: int, d_sae: int, tokens: Sequence[int], bench: Bench) -> None:
-    """The lines of a shape."""
-    torch.manual_seed(0)
-    x = torch.randn(tokens[-1], d_in, device=bench.device).bfloat16()
+def by_dtype(d_in: int, d_sae: int, n: int, bench: Bench) -> tuple[dict[str, SAE], Tensor]:
+    """One SAE by dtype of its weights, and activations for it (n, d_in) in bfloat16."""
+    x = torch.randn(n, d_in, device=bench.device).bfloat16()
     narrow = random_sae(d_in, d_sae, torch.bfloat16, bench.device)
     set_thresholds(narrow, x, bench.l0)
     wide = SAE(narrow.W_enc.float(), narrow.b_enc, narrow.W_dec.float(), narrow.b_dec, threshold=narrow.threshold)
+    return {"bfloat16": narrow, "float32": wide}, x
+
+
+def splice_shape(d_in: int, d_sae: int, tokens: Sequence[int], bench: Bench) -> None:
+    """The lines of a shape."""
+    torch.manual_seed(0)
+    saes, x = by_dtype(d_in, d_sae, tokens[-1], bench)
     for n in tokens:
-        splice_rows({"bfloat16": narrow, "float32": wide}, x[:n], bench, n == tokens[-1])
+        splice_rows(saes, x[:n], bench, n == tokens[-1])
 
 
 @torch.no_grad()
