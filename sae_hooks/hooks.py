@@ -151,12 +151,12 @@ class SiteHook:
         untouched positions.
         """
         alone = len(requests) == 1 and isinstance(requests[0], SpliceRequest) and requests[0].plain
-        new = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
+        new = wide = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
             chosen = self.runtime.select(request, source, self.site.key)
             if isinstance(request, EditRequest):
-                changed = new + self._change(request, source, x)
+                changed = new + self._change(request, wide if source is x else source, x)
                 new = changed if chosen is None else torch.where(chosen.unsqueeze(-1), changed, new)
             else:
                 new = self._splice(new, request, source, chosen)
@@ -170,12 +170,16 @@ class SiteHook:
         """Put what is rebuilt from source[chosen] in place of new[chosen]; None: of all. Returns a new tensor."""
         assert isinstance(request, SpliceRequest)
         sae = request.slot.on(new.device)
+        if request.plain and not torch.is_grad_enabled():
+            spliced = sae.spliced(source, new, chosen)
+            if spliced is not None:
+                return spliced
         old = new.flatten(0, -2)
         if chosen is None and request.plain:
             rebuilt: Tensor = sae(source, new.dtype)
             return rebuilt.reshape(new.shape)
         few = not torch.is_grad_enabled() and kernels.is_little(old, sae.W_dec)
-        if few and request.plain and chosen is not None:  # a decoding step: to ask a GPU where they lie takes longer
+        if few and request.plain and chosen is not None:  # to ask a GPU where they lie takes longer
             return torch.where(chosen.unsqueeze(-1), sae(source, new.dtype), new)
         at = self.runtime.current().places(everything(new) if chosen is None else chosen)
         read = source.flatten(0, -2).index_select(0, at)

@@ -4,7 +4,9 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 """
 
 from .custom_ops import OUTSIDE_CUDA_GRAPHS
-from .search import Triplets, above, keep_largest, largest, topk_gate
+from .decoding import decode, decode_sparse, decoded_at_once, is_little, reconstruct, reconstruct_topk, splice_few
+from .encoding import encode, encode_sparse, encode_topk, find_above, nonzero_csr
+from .search import above, keep_largest, largest, topk_gate
 from .segments import (
     adam_rows,
     dots,
@@ -16,21 +18,7 @@ from .segments import (
     weighted_sums,
 )
 from .tiles import at_once, cast, is_bare, linear, slices, wide
-from .torch_ops import (
-    Csr,
-    compressed,
-    decode,
-    decode_sparse,
-    decoded_at_once,
-    encode,
-    encode_sparse,
-    encode_topk,
-    find_above,
-    is_little,
-    nonzero_csr,
-    reconstruct,
-    reconstruct_topk,
-)
+from .triplets import Csr, Triplets, compressed
 
 __all__ = [
     "OUTSIDE_CUDA_GRAPHS",
@@ -60,6 +48,7 @@ __all__ = [
     "reconstruct_topk",
     "remove_along",
     "slices",
+    "splice_few",
     "stable_order",
     "starts_of",
     "topk_gate",

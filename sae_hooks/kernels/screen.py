@@ -7,13 +7,14 @@ are computed anew, from the matrices as they are.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .search import Triplets
 from .segments import dots, starts_of, triton_for
 from .tiles import cast, half_product, wants_gradient
+from .triplets import Triplets
 
 SCREEN_ON = ("cuda",)  # kinds of device
 SCREEN_FROM = 128  # tokens: fewer are a matter of reading the weights
@@ -28,30 +29,47 @@ def screens(x: Tensor, rows: Tensor) -> bool:
     return not wants_gradient(x, rows)
 
 
-def candidates(
+class Candidates:
+    """All that is above in x @ rows.T + bias > threshold, and the few more that might have been: x (tokens, d), bias
+    and threshold (features) float32, rows (features, d) of any dtype. ahead: a GPU is given more to do before one asks.
+    """
+
+    def __init__(
+        self, x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, ahead: bool = False
+    ) -> None:
+        self.x, self.rows, self.bias = x, rows, bias
+        low_x, low_rows = x.bfloat16(), cast(rows, torch.bfloat16)
+        coarse = half_product(low_x, low_rows)
+        lowest = threshold - bias - 2 * SUMMING * (threshold.abs() + bias.abs())  # to add bias were a pass over coarse
+        rounding = 0.0 if rows.dtype == torch.bfloat16 else ROUNDING
+        error = (x - low_x).norm(dim=1) + (rounding + SUMMING * x.shape[1]) * low_x.norm(dim=1, dtype=torch.float32)
+        slack = error * (1 + rounding), rows.norm(dim=1, dtype=torch.float32)
+        self._found: Any = None
+        if (triton := triton_for(coarse)) is not None:
+            self._found = triton.Above(coarse, lowest, slack=slack, ahead=ahead)
+        else:
+            self._marks = coarse > lowest - slack[0][:, None] * slack[1]
+
+    def total(self) -> int:
+        """How many they are."""
+        return int(self._marks.count_nonzero() if self._found is None else self._found.total())
+
+    def exact(self) -> Triplets:
+        """(tokens, features, values), by token, then by feature."""
+        if self._found is None:
+            tokens, features = self._marks.nonzero(as_tuple=True)
+        else:
+            tokens, features, _ = self._found.listed()
+        starts = starts_of(tokens, len(self.x))
+        values = dots(starts, tokens.int(), features.int(), self.x, self.rows)
+        return tokens, features, values + self.bias.index_select(0, features)
+
+
+def screened(
     x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, ahead: bool = False
 ) -> Callable[[], Triplets]:
-    """What gives (tokens, features, values) of all that is above in x @ rows.T + bias > threshold, and of the few more
-    that might have been, by token, then by feature: x (tokens, d), bias and threshold (features) float32, rows
-    (features, d) of any dtype. ahead: a GPU is given more to do before one asks."""
-    low_x, low_rows = x.bfloat16(), cast(rows, torch.bfloat16)
-    coarse = half_product(low_x, low_rows)
-    lowest = threshold - bias - 2 * SUMMING * (threshold.abs() + bias.abs())  # to add bias were a pass over coarse
-    rounding = 0.0 if rows.dtype == torch.bfloat16 else ROUNDING
-    error = (x - low_x).norm(dim=1) + (rounding + SUMMING * x.shape[1]) * low_x.norm(dim=1, dtype=torch.float32)
-    slack = error * (1 + rounding), rows.norm(dim=1, dtype=torch.float32)
-    triton = triton_for(coarse)
-    found = None if triton is None else triton.Above(coarse, lowest, slack=slack, ahead=ahead)
-
-    def exact() -> Triplets:
-        if found is None:
-            tokens, features = (coarse > lowest - slack[0][:, None] * slack[1]).nonzero(as_tuple=True)
-        else:
-            tokens, features, _ = found.listed()
-        values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, rows)
-        return tokens, features, values + bias.index_select(0, features)
-
-    return exact
+    """What gives the candidates."""
+    return Candidates(x, rows, bias, threshold, ahead).exact
 
 
 def decided(found: Triplets, threshold: Tensor) -> Triplets:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .segments import triton_for
+from .triplets import Triplets
 
-Triplets = tuple[Tensor, Tensor, Tensor]
 FEW_MARKS, THREADS = 2**13, 4  # entries up to which, and threads above which PyTorch's own search is the quicker one
 GROUPS = 4  # a number to be selected: more bring the bound nearer, but are more to select from
 

@@ -7,12 +7,15 @@ halves by halves as they are, which is exact, and sum in float32. torch.autocast
 """
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
+T = TypeVar("T")
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, and float32 weights a rounded copy
 GPU_LEAST = 512  # tokens from which it takes a GPU no longer to read rows of half precision than to multiply by them
@@ -26,6 +29,7 @@ FEWEST = range(1, 4)  # ... and for these, which only read the rows, MKL from se
 PLACES = 4  # a core reads half as quickly again as from one place
 MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs
+TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
 
@@ -81,6 +85,28 @@ def has_all_features(x: Tensor, rows: Tensor) -> bool:
 def is_one_tile(x: Tensor, rows: Tensor) -> bool:
     """Whether all tokens of x (n, d_in) and all features (rows) are."""
     return len(x) <= _most_tokens(x, rows) and has_all_features(x, rows)
+
+
+def by_tokens(
+    x: Tensor, W_rows: Tensor, begun: Callable[[slice, slice], T]
+) -> Iterator[tuple[slice, Iterator[tuple[slice, slice, T]]]]:
+    """(tokens, tiles of theirs), each tile (tokens, features, what begun(tokens, features) gave)."""
+    tiles = ((t, f, begun(t, f)) for t in token_tiles(x, W_rows) for f in feature_tiles(x[t], len(W_rows)))
+    return groupby(one_ahead(tiles), lambda tile: tile[0])
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each after the next one was made: while one waits for a GPU's answer, it has that to do."""
+    last: list[T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
+
+
+def held_together(x: Tensor, d_sae: int) -> Iterator[slice]:
+    """The tokens of x (n, ...) of which all d_sae features are held together."""
+    return slices(len(x), max((TOPK_SIZE if x.is_cpu else GPU_TOPK_SIZE) // d_sae, 1))
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
@@ -151,6 +177,15 @@ def product_of_halves(
     if rows.dtype == torch.bfloat16 and x.dtype == torch.float32 and multiplies_halves(x, rows):
         return product_of_parts(x, rows.T)
     return None
+
+
+def unadded(
+    x: Tensor, rows: Tensor, bias: Tensor, multiply: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`affine` (n, features) for those who add the bias where they read: without it, and the bias, or with it, and
+    None."""
+    product = product_of_halves(x, rows, bias, multiply)
+    return (affine(x, rows, bias), None) if product is None else (product, bias)
 
 
 def within(room: Tensor, n: int, m: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .triton_sums import FUSION, adam_rows, cdiv, dots, even, on, power_of_2, segment, sizes_apart, warps, weighted_sums
 
-__all__ = ["Above", "adam_rows", "dots", "reconstruct_few", "weighted_sums"]
+__all__ = ["Above", "adam_rows", "dots", "gated_parts", "reconstruct_few", "weighted_sums"]
 
 WORD = 32  # marks that one number holds
 MARKED, LISTED = 1024, 256  # pre-activations that a program of `Above` marks, and such numbers that one lists
@@ -56,12 +56,12 @@ class Above:
         rows, columns = (torch.empty(total, dtype=torch.int64, device=device) for _ in range(2))
         return rows, columns, self._list(total, columns, rows)
 
-    def first(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """CSR (starts int64, columns int32, values) of the first `most` of them, without asking how many they are:
-        what stands in columns and values behind the last is arbitrary."""
+    def at_most(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR (starts int64, columns int32, values) of them, without asking how many they are; of none, if they are
+        more than `most`. What stands in columns and values behind the last is arbitrary."""
         columns = torch.empty(most, dtype=torch.int32, device=self.pre.device)
-        values = self._list(most, columns)
-        return self.places[::self.parts].clamp(max=most), columns, values
+        values, starts = self._list(most, columns), self.places[::self.parts]
+        return starts * (starts[-1] <= most), columns, values
 
     def _list(self, most: int, columns: Tensor, rows: Tensor | None = None) -> Tensor:
         """Write the columns and rows of the first `most` where they belong, and give their values."""
@@ -75,26 +75,48 @@ class Above:
         return values
 
 
+def gated_parts(pre: Tensor, bias: Tensor | None, threshold: Tensor) -> Tensor:
+    """The entries of pre (n, f), plus bias (f), that exceed threshold (f), and 0 in place of the others, as the sum of
+    three matrices in bfloat16, which has 8 of float32's 24 bits: (3 n, f), one after the other."""
+    n, f = pre.shape
+    out = pre.new_empty(3 * n, f, dtype=torch.bfloat16)
+    if out.numel():
+        pre, bias = even(pre), None if bias is None else bias.contiguous()
+        with on(pre):
+            _gated_parts[(n, cdiv(f, MARKED))](
+                pre, bias, threshold.contiguous(), f, pre.stride(0), out, BLOCK=MARKED, num_warps=warps(MARKED),
+                **FUSION)
+    return out
+
+
 def reconstruct_few(
-    pre: Tensor, bias: Tensor | None, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
+    pre: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    old: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """b_dec (d) plus the rows of W_dec (f, d) times the entries of pre (n, f), plus bias (f), that exceed threshold:
     (n, d) in pre's dtype. Rows of pre with an entry that is not finite become nan. Nobody waits for the GPU; but there
-    is room for every entry of pre."""
+    is room for every entry of pre. old (..., d), of n rows: put into a copy of it; chosen (...), boolean: only where
+    it is True."""
     (n, f), d = pre.shape, W_dec.shape[1]
-    out = pre.new_empty(n, d)
+    out = pre.new_empty(n, d) if old is None else torch.empty_like(old, memory_format=torch.contiguous_format)
     if out.numel():
         pre, W_dec, bias = even(pre), even(W_dec), None if bias is None else bias.contiguous()
-        parts, sizes = cdiv(f, PART), sizes_apart(d, APART, out.dtype)
+        parts, sizes = cdiv(f, PART), sizes_apart(d, APART, pre.dtype)
         columns = torch.empty(n * parts * (PART + 1), dtype=torch.int32, device=pre.device)
         values = torch.empty_like(columns, dtype=pre.dtype)
+        old, chosen = (None if t is None or chosen is None else t.contiguous() for t in (old, chosen))
         block = min(power_of_2(max(f, 1)), COLLECTED)
         with on(pre):
             _collect[(n, parts)](pre, bias, threshold.contiguous(), f, pre.stride(0), columns, values, PART=PART,
                                  BLOCK=block, num_warps=warps(block), **FUSION)
             _decode_collected[(n, cdiv(d, sizes["BLOCK"]))](
-                columns, values, W_dec, b_dec.contiguous(), out, parts, d, W_dec.stride(0), PART=PART, **sizes,
-                **FUSION)
+                columns, values, W_dec, b_dec.contiguous(), old, chosen, out, parts, d, W_dec.stride(0), PART=PART,
+                **sizes, **FUSION)
     return out
 
 
@@ -124,6 +146,20 @@ def _mark_above(
     found = tl.sum(above << bits.to(tl.uint32), 1)
     tl.store(marks + row * tl.num_programs(1) * (BLOCK // WORD) + words, found.to(tl.int32, bitcast=True))
     tl.store(counts + row * tl.num_programs(1) + part + 1, tl.sum(_ones(found).to(tl.int32), 0))
+
+
+@triton.jit
+def _gated_parts(pre, bias, threshold, f, stride, out, BLOCK: tl.constexpr):
+    """Of some numbers of a row what they are rounded to, n rows further on what that leaves, and so again."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values, above = _marked(pre, bias, threshold, None, None, row, columns, columns < f, stride)
+    values *= above.to(values.dtype)
+    for _ in tl.static_range(3):
+        part = values.to(out.dtype.element_ty)
+        tl.store(out + row * f + columns, part, mask=columns < f)
+        values -= part.to(values.dtype)
+        row += tl.num_programs(0)
 
 
 @triton.jit
@@ -184,17 +220,26 @@ def _collect(
 
 @triton.jit
 def _decode_collected(
-    ids, weights, table, base, out, parts, d, stride, PART: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
+    ids, weights, table, base, old, chosen, out, parts, d, stride, PART: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
+    """A row of the sum where it is chosen, else of old."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    here = True
+    if chosen is not None:
+        here = tl.load(chosen + row) != 0
+    DTYPE: tl.constexpr = weights.dtype.element_ty
     total, nothing = tl.zeros((K, BLOCK), DTYPE), tl.zeros((1,), DTYPE)
     for part in range(parts):
         start = (row * parts + part) * (PART + 1)
         stop = start + tl.load(ids + start + PART)
-        total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
+        if here:
+            total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
         nothing += tl.load(weights + start + PART)
-    tl.store(out + row * d + columns, tl.sum(total, 0) + tl.load(base + columns, mask=within, other=0.0) + nothing,
-             mask=within)
+    found = tl.sum(total, 0) + tl.load(base + columns, mask=within, other=0.0) + nothing
+    found = found.to(out.dtype.element_ty)
+    if chosen is not None:
+        found = tl.where(here, found, tl.load(old + row * d + columns, mask=within, other=0.0))
+    tl.store(out + row * d + columns, found, mask=within)

@@ -18,7 +18,8 @@ from torch import Tensor
 from .tiles import wide
 
 SUMMED = 512  # columns that a program of `weighted_sums` has; adam_rows' have whole rows
-LONG, ROWS = 512, 128  # entries above which a segment has its own programs, and segments in which one looks for such
+LONG, LONGER = 512, 2  # entries, and times the average number, above which a segment has its own programs ...
+ROWS = 128  # ... and segments in which one looks for such
 APART, APART_COLUMNS = 128, 128  # sums side by side in such a program, and its columns
 HELD, ROW_HELD = 128, 32  # 32-bit registers of a thread for what a program of the one, and of the other, loads at once
 PAIRS, PAIR_COLUMNS = 16, 128  # entries of a program of `dots`, and the columns it takes at a time
@@ -41,12 +42,13 @@ def weighted_sums(
     if out.numel():
         table = even(table)
         to_all, to_each = (None if t is None else t.contiguous() for t in (to_all, to_each))
+        long = max(LONG, LONGER * len(ids) // max(n, LONGER * ROWS))
         args = (starts.contiguous(), ids.contiguous(), weights.contiguous(), table, to_all, to_each, out, n, d,
-                table.stride(0), LONG)
+                table.stride(0), long)
         with on(table):
             sizes = _sizes(d, SUMMED, out.dtype)
             _weighted_sums[(n, cdiv(d, sizes["BLOCK"]))](*args, **sizes, **FUSION)
-            if len(ids) > LONG:
+            if len(ids) > long:
                 sizes = sizes_apart(d, APART, out.dtype)
                 _long_sums[(cdiv(n, ROWS), cdiv(d, sizes["BLOCK"]))](*args, ROWS=ROWS, **sizes, **FUSION)
     return out
@@ -174,14 +176,13 @@ def segment(total, start, stop, ids, weights, table, stride, columns, within, K:
     return total
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "long"])
 def _weighted_sums(
-    starts, ids, weights, table, to_all, to_each, out, n, d, stride, LONG: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr
+    starts, ids, weights, table, to_all, to_each, out, n, d, stride, long, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(starts + row), tl.load(starts + row + 1)
-    if stop - start > LONG:
+    if stop - start > long:
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
@@ -190,22 +191,22 @@ def _weighted_sums(
     _store_sum(total, to_all, to_each, out, row, d, columns, within)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "long"])
 def _long_sums(
-    starts, ids, weights, table, to_all, to_each, out, n, d, stride, LONG: tl.constexpr, ROWS: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr
+    starts, ids, weights, table, to_all, to_each, out, n, d, stride, long, ROWS: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
     """Of ROWS segments, which lie far from each other, those that are long."""
     first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     looked = first + tl.arange(0, ROWS) * step
     starting = tl.load(starts + looked, mask=looked < n, other=0)
-    if tl.max(tl.load(starts + looked + 1, mask=looked < n, other=0) - starting, 0) <= LONG:
+    if tl.max(tl.load(starts + looked + 1, mask=looked < n, other=0) - starting, 0) <= long:
         return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
     for row in range(first, n, step):
         start, stop = tl.load(starts + row), tl.load(starts + row + 1)
-        if stop - start > LONG:
+        if stop - start > long:
             total = tl.zeros((K, BLOCK), out.dtype.element_ty)
             total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
             _store_sum(tl.sum(total, 0), to_all, to_each, out, row, d, columns, within)

@@ -6,7 +6,7 @@ from core.reference import FullEdit, array, edited, ordinary, reconstruct, relat
 from core.steering import EVERY, IDS, INPUTS, MASK, NAN, SITE, STRENGTHS, firing, made_for, outcome
 
 from sae_hooks import EditError, attach_saes
-from sae_hooks.kernels import torch_ops
+from sae_hooks.kernels import decoding
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -131,10 +131,10 @@ def test_attention_sinks_are_left_alone_and_counted(model, sae):
         assert handle.positions_skipped == MASK.sum() - chosen.sum()
 
 
-@pytest.mark.parametrize("small", [0, torch_ops.SMALL], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("small", [0, decoding.SMALL], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize("tokens", ["all", "mask"])
 def test_a_splice_spares_what_an_edit_spares(attached, sae, tokens, small, monkeypatch):
-    monkeypatch.setattr(torch_ops, "SMALL", small)
+    monkeypatch.setattr(decoding, "SMALL", small)
     (clean,), _ = outcome(attached, SITE)
     mask = torch.tensor([True, True, True, False, False, True, True])
     with attached.saes.splice(tokens="all" if tokens == "all" else mask):

@@ -10,7 +10,7 @@ from core import reference
 from torch.autograd import forward_ad
 
 from sae_hooks import SAE, SaeMismatchError
-from sae_hooks.kernels import search, tiles, torch_ops
+from sae_hooks.kernels import decoding, search, tiles
 
 HALVES = (torch.bfloat16, torch.float16)
 KINDS = {
@@ -32,7 +32,7 @@ def large(request, monkeypatch):
         monkeypatch.setattr(tiles, "CPU_SIZE", 64)
         monkeypatch.setattr(tiles, "LARGE", 0)
         monkeypatch.setattr(search, "FEW_MARKS", 0)
-        monkeypatch.setattr(torch_ops, "SMALL", 0)
+        monkeypatch.setattr(decoding, "SMALL", 0)
 
 
 @pytest.fixture(params=KINDS)

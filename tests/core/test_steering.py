@@ -6,7 +6,7 @@ from core.reference import FullEdit, array, edited, encode, ordinary, relative, 
 from core.steering import EVERY, IDS, MASK, SITE, STRENGTHS, firing, made_for, outcome, strengths
 
 from sae_hooks import EditError, attach_saes, sites
-from sae_hooks.kernels import torch_ops
+from sae_hooks.kernels import decoding
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -44,7 +44,7 @@ def test_k_rows_of_k_features_change_what_the_full_encode_and_decode_change(
 @pytest.mark.parametrize("kind", sites.KINDS)
 @pytest.mark.parametrize("architecture", EVERY)
 def test_splice_writes_the_reconstruction_of_what_is_read(architecture, kind, tokens, random_model, monkeypatch):
-    monkeypatch.setattr(torch_ops, "SMALL", 0 if tokens == "many" else torch_ops.SMALL)
+    monkeypatch.setattr(decoding, "SMALL", 0 if tokens == "many" else decoding.SMALL)
     model = random_model(architecture)
     sae = made_for(model, kind, skip=True)
     attach_saes(model, sae)

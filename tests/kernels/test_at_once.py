@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import tiles, torch_ops
+from sae_hooks.kernels import decoding, tiles
 
 
 def parts(n, d_in=40, d_sae=70):
@@ -36,9 +36,9 @@ def test_many_pre_activations_and_large_matrices_take_the_long_way(monkeypatch):
     assert kernels.at_once(torch.cat([x, x[:1]]), W_enc, bias) is None
     monkeypatch.setattr(tiles, "LARGE", 40 * 70)
     assert kernels.at_once(x, W_enc, bias) is None
-    monkeypatch.setattr(torch_ops, "SMALL", 8 * 40 * 70 + 1)  # seven tokens count as eight
+    monkeypatch.setattr(decoding, "SMALL", 8 * 40 * 70 + 1)  # seven tokens count as eight
     assert kernels.decoded_at_once(x, W_enc, torch.zeros(70)) is not None
-    monkeypatch.setattr(torch_ops, "SMALL", 8 * 40 * 70)
+    monkeypatch.setattr(decoding, "SMALL", 8 * 40 * 70)
     assert kernels.decoded_at_once(x, W_enc, torch.zeros(70)) is None
 
 
@@ -46,7 +46,7 @@ def test_a_gpu_has_a_limit_of_its_own_and_takes_large_matrices(fake_gpus, monkey
     monkeypatch.setattr(tiles, "AT_ONCE", 0)
     monkeypatch.setattr(tiles, "LARGE", 0)
     monkeypatch.setattr(tiles, "GPU_AT_ONCE", 7 * 70)
-    monkeypatch.setattr(torch_ops, "SMALL", 0)
+    monkeypatch.setattr(decoding, "SMALL", 0)
     x, W_enc, bias = (t.to("fgpu:0") for t in parts(7))
     assert torch.equal(kernels.at_once(x, W_enc, bias).cpu(), kernels.linear(x, W_enc.T, bias).cpu())
     assert kernels.at_once(torch.cat([x, x[:1]]), W_enc, bias) is None
@@ -83,7 +83,7 @@ def test_an_sae_takes_the_short_way_with_few_tokens_only(gate, monkeypatch):
     for way in ways:
         way(x)
     monkeypatch.setattr(tiles, "AT_ONCE", 0)
-    monkeypatch.setattr(torch_ops, "SMALL", 0)
+    monkeypatch.setattr(decoding, "SMALL", 0)
     for way in ways:
         with pytest.raises(pytest.fail.Exception, match="the long way"):
             way(x)

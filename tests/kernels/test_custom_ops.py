@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import torch_ops
+from sae_hooks.kernels import encoding
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -81,4 +81,4 @@ def test_eager_code_calls_the_function_itself(sae, monkeypatch):
     assert len(kernels.encode_sparse(*ARGUMENTS["encode_sparse"](sae, x_of(4)))) == 3
     with pytest.raises(TypeError):
         operator.default(*ARGUMENTS["encode_sparse"](sae, x_of(4)))
-    assert torch_ops.encode_sparse is kernels.encode_sparse
+    assert encoding.encode_sparse is kernels.encode_sparse

@@ -6,7 +6,7 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import search, tiles, torch_ops
+from sae_hooks.kernels import encoding, search, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,14 +86,14 @@ def test_tiles_change_which_rows_are_computed_together_and_nothing_else(parts, r
 def test_no_tile_holds_more_than_its_tokens_and_numbers(small_tiles, parts, monkeypatch, dtype):
     monkeypatch.setattr(tiles, "CPU_WIDENED", 3 * 16)
     sizes, places = [], []
-    plain = torch_ops.affine
+    plain = encoding.affine
 
     def noted(x, rows, *rest):
         sizes.append((len(x), len(rows)))
         places.append((tile := plain(x, rows, *rest)).data_ptr())
         return tile
 
-    monkeypatch.setattr(torch_ops, "affine", noted)
+    monkeypatch.setattr(encoding, "affine", noted)
     encoded(parts, dtype)
     assert sum(n * f for n, f in sizes) == 11 * 37
     assert max(n for n, _ in sizes) == 3

@@ -6,35 +6,35 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import search, segments, tiles, torch_ops
+from sae_hooks.kernels import decoding, search, segments, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WAYS = {"sparse": (0, 1.0), "dense": (0, -1.0), "each tile its own": (0, 0.3), "small": (2**62, 0.3)}
+WAYS = {  # what counts as small, and of how many tokens as few; the share from which dense products are taken
+    "sparse": (0, 0, 1.0), "dense": (0, 0, -1.0), "each tile its own": (0, 0, 0.3), "small": (2**62, 0, 0.3),
+    "few": (2**62, 2**62, 0.3)}
 
 
 @pytest.fixture(params=[*WAYS, *(f"{way}, in Triton" for way in WAYS)])
 def way(request, monkeypatch):
-    """Let all tiles be decoded in a way: (size of what counts as small, share from which dense products are taken)."""
+    """Let all tiles be decoded in a way."""
     name, _, in_triton = request.param.partition(", ")
-    small, crowded = WAYS[name]
+    small, few, crowded = WAYS[name]
     if in_triton:
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("compiled kernels take no tensors of a CPU")
         monkeypatch.setattr(segments, "TRITON_ON", ("cpu",))
-    for name, value in (("SMALL", small), ("CROWDED", crowded), ("GPU_FEW", small), ("GPU_CROWDED", crowded)):
-        monkeypatch.setattr(torch_ops, name, value)
+    for name, value in (("SMALL", small), ("CROWDED", crowded), ("GPU_FEW", few), ("GPU_CROWDED", crowded)):
+        monkeypatch.setattr(decoding, name, value)
     return request.param
 
 
 @pytest.fixture(params=[True, False], ids=["small tiles", "one tile"])
 def tiled(request, way, monkeypatch):
     if request.param:
-        if way == "small, in Triton":
-            pytest.skip("few tokens are one tile")
         monkeypatch.setattr(tiles, "CPU_TOKENS", 3)
         monkeypatch.setattr(tiles, "CPU_SIZE", 24)
-        monkeypatch.setattr(torch_ops, "TOPK_SIZE", 150)
+        monkeypatch.setattr(tiles, "TOPK_SIZE", 150)
         monkeypatch.setattr(search, "FEW_MARKS", 0)
 
 
@@ -60,7 +60,7 @@ def written_out(x, W_rows, bias, threshold, W_dec, b_dec):
 def test_reconstruction_is_the_equation(way, tiled, dtype, on_cpu, monkeypatch):
     parts = parts_of(dtype)
     if not on_cpu:
-        monkeypatch.setattr(torch_ops, "on_cpu", lambda t: False)
+        monkeypatch.setattr(decoding, "on_cpu", lambda t: False)
         monkeypatch.setattr(search, "on_cpu", lambda t: False)
     acts, wanted = written_out(*parts)
     shares = [(part != 0).mean() for part in np.array_split(acts, 5, axis=1)]
@@ -159,11 +159,11 @@ def test_autocast_changes_nothing(way, tiled):
 
 def test_only_crowded_tiles_are_decoded_by_a_dense_product(monkeypatch):
     parts, products = parts_of(torch.float32), []
-    monkeypatch.setattr(torch_ops, "SMALL", 0)
-    monkeypatch.setattr(torch_ops, "CROWDED", 0.3)
+    monkeypatch.setattr(decoding, "SMALL", 0)
+    monkeypatch.setattr(decoding, "CROWDED", 0.3)
     monkeypatch.setattr(tiles, "CPU_SIZE", 110)  # ten features
-    plain = torch_ops._dense
-    monkeypatch.setattr(torch_ops, "_dense", lambda out, acts, rows: (products.append(acts), plain(out, acts, rows))[1])
+    plain = decoding._dense
+    monkeypatch.setattr(decoding, "_dense", lambda out, acts, rows: (products.append(acts), plain(out, acts, rows))[1])
     kernels.reconstruct(*parts)
     assert 0 < len(products) < 4
     assert all((acts != 0).double().mean() > 0.3 for acts in products)

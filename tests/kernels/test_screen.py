@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import kernels
-from sae_hooks.kernels import screen, segments, tiles, torch_ops
+from sae_hooks.kernels import decoding, encoding, screen, segments, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,7 +18,7 @@ def on_cpus(request, monkeypatch):
     monkeypatch.setattr(screen, "SCREEN_ON", ("cpu",))
     monkeypatch.setattr(screen, "SCREEN_FROM", 1)
     monkeypatch.setattr(segments, "TRITON_ON", request.param)
-    monkeypatch.setattr(torch_ops, "SMALL", 0)
+    monkeypatch.setattr(decoding, "SMALL", 0)
 
 
 def parts_of(dtype=torch.float32, n=24, d=33, d_sae=70):
@@ -77,12 +77,22 @@ def test_nothing_above_and_everything():
 def test_reconstructions_are_those_without_a_screen(monkeypatch, dtype, crowded):
     x, W_rows, bias, threshold = parts_of(dtype)
     W_dec, b_dec = torch.randn(70, 20).to(dtype), torch.randn(20)
-    monkeypatch.setattr(torch_ops, "CROWDED", crowded)
+    monkeypatch.setattr(decoding, "CROWDED", crowded)
     monkeypatch.setattr(tiles, "CPU_SIZE", 400)
     ours = kernels.reconstruct(x, W_rows, bias, threshold, W_dec, b_dec)
     monkeypatch.setattr(screen, "SCREEN_ON", ())
     plain = kernels.reconstruct(x, W_rows, bias, threshold, W_dec, b_dec)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-2)
+
+
+def test_where_many_are_above_none_of_them_is_computed_anew(monkeypatch):
+    x, W_rows, bias, threshold = parts_of()
+    W_dec, b_dec = torch.randn(70, 20), torch.randn(20)
+    monkeypatch.setattr(decoding, "CROWDED", 0.05)
+    monkeypatch.setattr(screen, "dots", None)
+    ours = kernels.reconstruct(x, W_rows, bias, threshold, W_dec, b_dec)
+    monkeypatch.setattr(screen, "SCREEN_ON", ())
+    torch.testing.assert_close(ours, kernels.reconstruct(x, W_rows, bias, threshold, W_dec, b_dec))
 
 
 def test_autocast_changes_nothing_and_gradients_go_around_it():
@@ -101,7 +111,7 @@ def test_halves_are_multiplied_as_they_are_on_gpus(monkeypatch):
     monkeypatch.setattr(tiles, "HALVES_ON", ("cpu",))
     x, W_rows, bias, threshold = parts_of(torch.bfloat16)
     low = x.bfloat16()
-    monkeypatch.setattr(torch_ops, "candidates", None)
+    monkeypatch.setattr(encoding, "screened", None)
     for ours, plain in zip(kernels.find_above(low, W_rows, bias, threshold),
                            (*(pre := exact(low, W_rows, bias)).float().gt(threshold).nonzero(as_tuple=True), None),
                            strict=True):

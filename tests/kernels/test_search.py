@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import kernels
-from sae_hooks.kernels import search, torch_ops
+from sae_hooks.kernels import search, tiles
 
 
 @pytest.fixture(params=["numpy", "elsewhere", "many threads"])
@@ -137,7 +137,7 @@ def test_few_candidates_are_selected_from(monkeypatch):
 
 
 def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch):
-    monkeypatch.setattr(torch_ops, "TOPK_SIZE", 4 * 24)
+    monkeypatch.setattr(tiles, "TOPK_SIZE", 4 * 24)
     generator = torch.Generator().manual_seed(0)
     x, rows = torch.randn(11, 8, generator=generator), torch.randn(24, 8, generator=generator)
     bias = torch.full((24,), -2.0)  # so that many tokens have fewer than k positive ones
@@ -155,5 +155,5 @@ def test_topk_over_several_tiles_of_tokens_is_the_dense_gate_in_csr(monkeypatch)
 def test_a_gpu_takes_many_tokens_of_a_topk_sae_together():
     """It reads all of W_enc for each such slice."""
     tokens = torch.empty(4096, 1, device="meta")
-    assert len(list(torch_ops._held(tokens, 2**17))) == 2
-    assert len(list(torch_ops._held(torch.empty(4096, 1), 2**17))) == 128
+    assert len(list(tiles.held_together(tokens, 2**17))) == 2
+    assert len(list(tiles.held_together(torch.empty(4096, 1), 2**17))) == 128

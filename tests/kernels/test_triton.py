@@ -31,7 +31,7 @@ from sae_hooks.kernels import segments, triton_ops, triton_sums  # noqa: E402
 def long_segments(request, monkeypatch):
     """Also where most have programs of their own, each with few sums side by side, that look for them among others."""
     if request.param:
-        for name, value in {"LONG": 2, "ROWS": 2, "APART": 8, "APART_COLUMNS": 64}.items():
+        for name, value in {"LONG": 2, "LONGER": 0, "ROWS": 2, "APART": 8, "APART_COLUMNS": 64}.items():
             monkeypatch.setattr(triton_sums, name, value)
 
 
@@ -275,15 +275,18 @@ for number, slack in (("*fp32", True), ("*fp64", False)):
     compile(ops._collect, few, {"PART": 16384, "BLOCK": 4096}, 16)
     few = {"ids": "*i32", "weights": number, "table": number, "base": number, "out": number, "parts": "i32", "d": "i32",
            "stride": "i32"}
+    few |= {"old": "*bf16", "out": "*bf16", "chosen": "*i1"} if slack else {}
     compile(ops._decode_collected, few, {"PART": 16384, "K": 32, "BLOCK": 128}, 2)
+    parts = {n: types[n] for n in ("pre", "threshold", "f", "stride")} | {"out": "*bf16"}
+    compile(ops._gated_parts, parts, {"BLOCK": 1024})
 for table, number, starts, ids in (("*fp32", "*fp32", "*i32", "*i64"), ("*bf16", "*fp32", "*i64", "*i32"),
                                    ("*fp64", "*fp64", "*i32", "*i32")):
     types = {"starts": starts, "ids": ids, "weights": number, "table": table, "d": "i32", "stride": "i32"}
     sizes = {"K": 8, "BLOCK": 512}
     added = {"to_all": number, "to_each": number} if table == "*bf16" else {}
-    sums = types | added | {"out": number, "n": "i32"}
-    compile(sums_of._weighted_sums, sums, sizes | {"LONG": 512}, 1)
-    compile(sums_of._long_sums, sums, {"K": 128, "BLOCK": 128, "LONG": 512, "ROWS": 128}, 8)
+    sums = types | added | {"out": number, "n": "i32", "long": "i32"}
+    compile(sums_of._weighted_sums, sums, sizes, 1)
+    compile(sums_of._long_sums, sums, {"K": 128, "BLOCK": 128, "ROWS": 128}, 8)
     adam = {"weight": number, "square": number, "last": "*i32", "lengths": ids, "features": "*i64",
             "scalars": number, "step": "i32"}
     compile(sums_of._adam_rows, types | adam, {"UNIT": table != "*fp64", "K": 2, "BLOCK": 4096}, 8)
@@ -302,4 +305,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 21
+    assert len(done.stdout.split()) == 23

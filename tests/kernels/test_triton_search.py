@@ -120,18 +120,39 @@ def test_above_takes_strided_matrices(tmp_path):
         assert all(same(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_the_first_entries_are_told_without_asking_how_many_there_are():
+def test_entries_are_told_without_asking_how_many_there_are_unless_they_are_too_many():
     pre, bias, threshold = (normal(*shape, seed=i).float() for i, shape in enumerate([(5, 2500), (2500,), (2500,)]))
     pre[3] = -99
     found = triton_ops.Above(*put(pre, threshold + 2, bias))
     rows, columns, values = (part.cpu() for part in found.listed())
     assert 500 < found.total() < 3000
     for most in (0, 1, 700, found.total(), found.total() + 9):
-        starts, few, numbers = (part.cpu() for part in found.first(most))
-        told = min(most, found.total())
-        assert starts.tolist() == [min(int((rows < row).sum()), most) for row in range(6)]
+        starts, few, numbers = (part.cpu() for part in found.at_most(most))
+        told = found.total() if found.total() <= most else 0
+        assert starts.tolist() == [min(int((rows < row).sum()), told) for row in range(6)]
         assert (starts.dtype, few.dtype, len(few), len(numbers)) == (torch.int64, torch.int32, most, most)
         assert same(few[:told], columns[:told].int())
         assert same(numbers[:told], values[:told])
-    assert triton_ops.Above(*put(torch.zeros(0, 7), torch.zeros(7))).first(3)[0].tolist() == [0]
-    assert triton_ops.Above(*put(torch.zeros(2, 0), torch.zeros(0))).first(3)[0].tolist() == [0, 0, 0]
+    assert triton_ops.Above(*put(torch.zeros(0, 7), torch.zeros(7))).at_most(3)[0].tolist() == [0]
+    assert triton_ops.Above(*put(torch.zeros(2, 0), torch.zeros(0))).at_most(3)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy
+def test_what_is_above_is_told_in_three_parts_that_lose_nothing():
+    pre, bias = (normal(*shape, seed=i).float() for i, shape in enumerate([(3, 1100), (1100,)]))
+    pre[:, :20] = 10.0 ** torch.linspace(-30, 30, 20)
+    bias[:20] = 0
+    pre[1, 30], pre[2, 40], bias[30:41] = torch.nan, torch.inf, 0
+    threshold = torch.zeros(1100)
+    threshold[500:] = (pre + bias)[1, 500:]  # ties stay below
+    wanted = (pre + bias) * (pre + bias > threshold)
+    views = strided(pre.to(DEVICE)), strided(bias[None].to(DEVICE))[0]
+    for given in (put(pre, bias), views, (*put(pre + bias), None)):
+        found = triton_ops.gated_parts(*given, *put(threshold)).cpu()
+        assert (found.dtype, found.shape) == (torch.bfloat16, (9, 1100))
+        told = found.view(3, 3, 1100).float().sum(0)
+        assert told[1, 30].isnan()
+        assert not told[2, 40].isfinite()
+        told[1, 30], told[2, 40] = wanted[1, 30], wanted[2, 40]
+        torch.testing.assert_close(told, wanted, rtol=0, atol=0, equal_nan=True)
+    assert triton_ops.gated_parts(*put(pre[:0], bias, threshold)).shape == (0, 1100)

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache, StaticCache
 
 from sae_hooks import SAE, attach_saes
-from sae_hooks.kernels import torch_ops
+from sae_hooks.kernels import decoding
 
 aten = torch.ops.aten
 ASKING = (aten.nonzero.default, aten._local_scalar_dense.default, aten.masked_select.default, aten.equal.default)
@@ -83,9 +83,15 @@ def test_a_decoding_step_waits_for_nothing_but_the_features_of_a_capture(on_gpu,
         handle.remove()
 
 
+def not_few(monkeypatch):
+    """Let a GPU take any tokens for many."""
+    for name in ("GPU_FEW", "GPU_SMALL"):
+        monkeypatch.setattr(decoding, name, 0)
+
+
 def test_a_splice_of_many_tokens_asks_once_where_they_are(on_gpu, waited, monkeypatch):
     model, ids = on_gpu
-    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
+    not_few(monkeypatch)
     with model.saes.splice():
         model(input_ids=ids)
         waited.clear()
@@ -100,7 +106,7 @@ def test_splices_of_one_pass_ask_once_where_the_tokens_are(random_model, random_
     for sae in saes:
         del sae.metadata["typical_norm"]  # which makes each site's choice its own
     attach_saes(model, {sae.site: sae for sae in saes})
-    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
+    not_few(monkeypatch)
     with model.saes.splice():
         model(input_ids=ids)
         waited.clear()
@@ -112,7 +118,7 @@ def test_how_many_features_topk_finds_is_known_before(model, ids, sae_for, waite
     sae = sae_for(model, ids)
     topk = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=3, site=sae.site)
     model, ids = attach_saes(model.to("fgpu:0"), topk), ids.to("fgpu:0")
-    monkeypatch.setattr(torch_ops, "GPU_FEW", 0)
+    not_few(monkeypatch)
     with model.saes.splice():
         model(input_ids=ids)
         waited.clear()
