@@ -22,8 +22,9 @@ language-model  Gemma 2 9B's shapes in bfloat16, an SAE of 16k features at every
                 4 x 1024 tokens; generate 16 tokens from 32, batch 1, greedy, with the default cache; static: with
                 cache_implementation="static", not compiled; compiled: the same, compiled by transformers' own way,
                 some cases only, one after another: compiling takes minutes for each.
+                Below, medians of what each round gives beside the bare model's, which stands next to it:
     of bare     tokens/s as a share of the same model's without SAEs
-    extra ms    that a forward pass takes longer than the bare one (median - median)
+    extra ms    that a forward pass takes longer than the bare one
     arithmetic  ms that it should at least: prefill, for each SAE 2 d_in d_sae FLOP a token at the throughput of that
                 very product in the SAE's dtype, measured in this run, and its L0 decoder rows read; a token alone: the
                 encoder and those rows read, at the measured bandwidth of a copy
@@ -36,6 +37,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -80,7 +82,7 @@ GEMMA_2_9B: dict[str, Any] = {
 TINY: dict[str, Any] = GEMMA_2_9B | {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 128, "vocab_size": 512}
-OFTEN = 4
+OFTEN, PAIRED = 4, 4  # rounds of generation for one of others, and of a clamp for one of those
 WARM_UPS = {"prefill": 2, "generate": 1, "static": 1, "compiled": 3}
 CLAMP = "clamp 8 features"
 COMPILED = ("bare", CLAMP, "nothing open", "1 spliced")
@@ -252,8 +254,9 @@ def row(gemma: Gemma, arithmetic: Arithmetic, mode: str, case: str, result: Resu
     if isinstance(result, Failed):
         return f"{mode:10}{case:18}{result}"
     tokens, passes = (arithmetic.tokens, 1) if mode == "prefill" else (gemma.new, gemma.new)
-    share = _seconds(bare) / result.seconds
-    extra = (result.seconds - _seconds(bare)) / passes
+    pairs = list(zip(bare.times, result.times, strict=True)) if isinstance(bare, Timing) else [(float("nan"),) * 2]
+    share = statistics.median(b / t for b, t in pairs)
+    extra = statistics.median(t - b for b, t in pairs) / passes
     line = f"{mode:10}{case:18}{tokens / result.seconds:10.1f}{share:9.3f}{result.peak / 1e9:9.2f}"
     if case == CLAMP:
         asked = f"   target 0.98: {verdict(share >= 0.98)}" if mode != "prefill" else ""
@@ -261,7 +264,7 @@ def row(gemma: Gemma, arithmetic: Arithmetic, mode: str, case: str, result: Resu
     if not gemma.cases()[case]:
         return f"{line}{'':6}{1e3 * extra:10.3f}"
     l0, due = gemma.settings[case][1 if mode == "prefill" else 2], arithmetic.extra(case, mode)
-    of_it = (_seconds(bare) + passes * due) / result.seconds
+    of_it = statistics.median((b + passes * due) / t for b, t in pairs)
     return (f"{line}{l0:6.0f}{1e3 * extra:10.3f}{1e3 * due:12.3f}{extra / due:10.2f}{of_it:7.3f}   targets: extra/it "
             f"1.2: {verdict(extra <= 1.2 * due)}, of it 0.8: {verdict(of_it >= 0.8)}")
 
@@ -277,7 +280,7 @@ def in_turns(mode: str, builds: Builds) -> list[list[str]]:
 def language_model(bench: Bench, modes: tuple[str, ...], section: Callable[[str], None]) -> None:
     """The part `language-model`: a section for each mode. Generation, whose speed is the CPU's, is timed in short turns
     and many."""
-    gemma, often = Gemma(bench), replace(bench, rounds=OFTEN * bench.rounds)
+    gemma = Gemma(bench)
     try:
         for case, spliced in gemma.cases().items():
             if spliced or case == "nothing open":
@@ -290,7 +293,10 @@ def language_model(bench: Bench, modes: tuple[str, ...], section: Callable[[str]
             bench.say(HEAD)
             builds, found = gemma.builds(mode), {}  # type: Builds, dict[str, Result]
             for group in in_turns(mode, builds):
-                found |= measure({case: builds[case] for case in group}, bench if mode == "prefill" else often)
+                rounds = bench.rounds
+                if mode != "prefill":
+                    rounds *= OFTEN * (PAIRED if len(group) == 2 else 1)
+                found |= measure({case: builds[case] for case in group}, replace(bench, rounds=rounds))
                 for case in group:
                     bench.say(row(gemma, arithmetic, mode, case, found[case], found["bare"]))
     finally:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from speed_gpu_dense import RATE, SPARSITY, Dense, dense_ways
 from torch import Tensor
 
 from sae_hooks import SAE
@@ -25,8 +26,6 @@ SITE = "model.layers.20.output"
 LONG_ENOUGH, MOST_REPEATS = 0.05, 200  # seconds of a measurement, about; calls in it
 SAMPLE = 2**28  # pre-activations that tell where thresholds belong
 SKEW, MOST_OFTEN = -0.8, 0.25  # features fire as often as their rank to this power, none more often
-RATE = 1e-6  # of the learning rate: what is trained stays as it was, so that every step costs the same
-SPARSITY = 6e-4
 STEP_SHAPES = ((3584, 16384), (3584, 131072), (3584, 1048576))
 SPLICE_SHAPES, SPLICE_TOKENS = ((3584, 16384), (3584, 131072)), (1, 4, 64, 4096)
 TOGETHER = 2**30  # numbers in W_enc, from which the ways of a shape are timed one after another: no two fit
@@ -66,10 +65,15 @@ Builds = Mapping[str, Callable[[], Case]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a call; peak: bytes on the GPU above what lay there before the case was built."""
+    """Seconds of a call in each round; peak: bytes on the GPU above what lay there before the case was built."""
 
-    seconds: float
+    times: tuple[float, ...]
     peak: int
+
+    @property
+    def seconds(self) -> float:
+        """The median."""
+        return statistics.median(self.times)
 
 
 class Failed(str):
@@ -144,7 +148,7 @@ def measure(builds: Builds, bench: Bench, together: bool = True) -> dict[str, Re
             if not isinstance(case := cases[name], Failed):
                 failed = attempt(partial(timed, case, bench.device))
                 cases[name] = failed or case
-    return {name: case if isinstance(case, Failed) else Timing(statistics.median(case.times), case.peak)
+    return {name: case if isinstance(case, Failed) else Timing(tuple(case.times), case.peak)
             for name, case in cases.items()}
 
 
@@ -207,70 +211,6 @@ def active(sae: SAE, x: Tensor, below: float = 0.0) -> float:
     return float((sae.pre_activations(x[:n].float()) > sae.threshold - below).sum()) / n
 
 
-class Jump(torch.autograd.Function):
-    """pre where it exceeds the threshold, else 0; straight through to the threshold, arXiv 2407.14435 eq. 11."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold.to(pre.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        at = threshold.to(pre.dtype)
-        near = (pre - at).abs() < ctx.bandwidth / 2
-        return grad * (pre > at), -(grad * near).sum(0, dtype=threshold.dtype) * threshold / ctx.bandwidth, None
-
-
-class Step(torch.autograd.Function):
-    """1 where pre exceeds the threshold, else 0; straight through to the threshold, eq. 12."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold.to(pre.dtype)).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold.to(pre.dtype)).abs() < ctx.bandwidth / 2
-        return None, -(grad * near).sum(0, dtype=threshold.dtype) / ctx.bandwidth, None
-
-
-class Dense:
-    """Training as one would write it: all pre-activations, autograd under autocast to bfloat16, fused Adam."""
-
-    def __init__(self, sae: SAE, bandwidth: float) -> None:
-        tensors = sae.W_enc.T, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold
-        self.leaves = [t.detach().requires_grad_() for t in tensors if t is not None]
-        self.bandwidth = bandwidth
-        self.adam = torch.optim.Adam(self.leaves, lr=1e-3 * RATE, betas=(0.0, 0.999), fused=True)
-
-    def loss(self, x: Tensor) -> Tensor:
-        """Squared error and a price on L0."""
-        W_enc, b_enc, W_dec, b_dec, threshold = self.leaves
-        with torch.autocast(x.device.type, torch.bfloat16):
-            pre = F.linear(x, W_enc, b_enc)
-            x_hat = Jump.apply(pre, threshold, self.bandwidth) @ W_dec + b_dec  # type: ignore[no-untyped-call]
-            l0 = Step.apply(pre, threshold, self.bandwidth).sum(-1, dtype=x.dtype)  # type: ignore[no-untyped-call]
-        return (x - x_hat).square().sum(-1).mean() + SPARSITY * l0.mean()
-
-    def step(self, x: Tensor) -> None:
-        """A step of Adam; decoder rows stay of norm 1, with the gradient's part along them taken off."""
-        self.adam.zero_grad()
-        self.loss(x).backward()  # type: ignore[no-untyped-call]
-        W_dec, threshold = self.leaves[2], self.leaves[4]
-        with torch.no_grad():
-            assert W_dec.grad is not None
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-            self.adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-            threshold.clamp_(min=0)
-
-
 def new_learner(x: Tensor, d_sae: int, bench: Bench) -> Learner:
     """The library's own way, for activations like x."""
     objective = JumpReLU(sparsity=SPARSITY, bandwidth=bench.bandwidth, threshold=0.05)
@@ -328,23 +268,6 @@ def step(bench: Bench) -> None:
                       if way == "ours" and d_sae == shapes[1][1] else "")
             bench.say(f"{line}{1e3 * result.seconds:10.3f}{faster:10.2f}{ratio(found['product'], result):9.2f}"
                       f"{result.peak / 1e9:9.2f}{target}")
-
-
-def dense_ways(sae: SAE, x: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(splice, encode to triplets) as one would write them, all in the dtype of the SAE's weights."""
-    assert sae.threshold is not None
-    x, b_enc, b_dec, threshold = (t.to(sae.dtype) for t in (x, sae.b_enc, sae.b_dec, sae.threshold))
-
-    def acts() -> Tensor:
-        pre = F.linear(x, sae.W_enc.T, b_enc)
-        return pre * (pre > threshold)
-
-    def encode() -> tuple[Tensor, ...]:
-        found = acts()
-        at = found.nonzero(as_tuple=True)
-        return *at, found[at]
-
-    return lambda: acts() @ sae.W_dec + b_dec, encode
 
 
 def splice_rows(saes: Mapping[str, SAE], x: Tensor, bench: Bench, asked: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from speed_gpu_dense import dense_ways
 from speed_gpu_parts import (
     Bench,
     Builds,
@@ -16,7 +17,6 @@ from speed_gpu_parts import (
     Result,
     attempt,
     by_dtype,
-    dense_ways,
     measure,
     ratio,
     step_ways,

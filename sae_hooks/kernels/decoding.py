@@ -31,8 +31,7 @@ from .tiles import (
 )
 from .triplets import Csr, Triplets, by_row, compressed, moved
 
-CROWDED, GPU_CROWDED = 0.12, 0.03  # share of features active from which the dense product is the quicker decoder ...
-SCREENED_CROWDED = 0.017  # ... and the quicker encoder, too, where each is computed anew
+CROWDED, GPU_CROWDED = 0.12, 0.04  # share of features active from which the dense product is the quicker decoder
 SMALL = 2**23  # products of one decoding up to which the dense one is on CPUs, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
 GPU_FEW, GPU_FEW_SIZE = 64, 2**23  # tokens, and their features, for which a GPU is not asked what is active: listed
@@ -205,7 +204,7 @@ def _sparse_or_dense(
         screened = Candidates(x, rows, bias, threshold, ahead)
 
         def screened_or_dense() -> Triplets | Tensor:
-            if screened.total() > _most(bias, len(x) * len(rows), SCREENED_CROWDED):
+            if screened.total() > _most(bias, len(x) * len(rows)):
                 return _gated(affine(x, rows, bias, room=room), None, threshold)
             tokens, features, values = screened.exact()
             return tokens, features, torch.where(values > threshold.index_select(0, features), values, 0)
@@ -253,9 +252,9 @@ def is_few(x: Tensor, W_dec: Tensor) -> bool:
     return n <= GPU_FEW and n * W_dec.shape[0] <= GPU_FEW_SIZE
 
 
-def _most(where: Tensor, of: int, on_gpu: float | None = None) -> int:
-    """How many may be active before a dense product decodes them more quickly: on GPUs such a share, if given."""
-    return int((CROWDED if on_cpu(where) else GPU_CROWDED if on_gpu is None else on_gpu) * of)
+def _most(where: Tensor, of: int) -> int:
+    """How many may be active before a dense product decodes them more quickly."""
+    return int((CROWDED if on_cpu(where) else GPU_CROWDED) * of)
 
 
 def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
