@@ -271,9 +271,6 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
             )
             _order_anew(place.module._forward_hooks)
             installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
-        hook = installed.hooks[str(place)]
-        hook.slots.append(slot)
-        installed.undo.append(partial(hook.slots.remove, slot))
     for door in _doors(model, slot.read.path):
         if id(door) not in installed.doors:
             installed.doors.add(id(door))

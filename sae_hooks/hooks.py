@@ -52,7 +52,6 @@ class SiteHook:
 
     def __init__(self, runtime: Runtime, site: sites.Site) -> None:
         self.runtime, self.site = runtime, site
-        self.slots: list[Slot] = []
         self.name = traced.enter(self)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -112,13 +111,13 @@ class SiteHook:
             return None
         return sites.replace_input(args, kwargs, place, new)
 
-    def _requests(self) -> list[Request]:
+    def _requests(self) -> Sequence[Request]:
         generation: Generation | None = getattr(self.runtime.local, "generation", None)
         if generation is not None and generation.opening != self.runtime.openings:
-            return []  # opened in the middle of a pass, whose tokens were not noted: it begins with the next one
-        return [r for r in self.runtime.requests() if r.slot in self.slots]
+            return ()  # opened in the middle of a pass, whose tokens were not noted: it begins with the next one
+        return self.runtime.requests_at(self.site.key)
 
-    def _apply(self, x: Tensor, requests: list[Request]) -> Tensor:
+    def _apply(self, x: Tensor, requests: Sequence[Request]) -> Tensor:
         """x (..., d) with what is asked for done, in float32 also under torch.autocast, or x itself."""
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -288,7 +287,7 @@ class PackedHook(GenerateHook):
 
 def _inert() -> SiteHook:
     hook = SiteHook.__new__(SiteHook)
-    hook.runtime, hook.slots = Runtime(frozenset()), []
+    hook.runtime = Runtime(frozenset())
     return hook
 
 

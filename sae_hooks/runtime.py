@@ -61,6 +61,11 @@ class Slot:
         return float(value) if value else None
 
     @property
+    def keys(self) -> tuple[str, str]:
+        """Of the places where it reads and writes."""
+        return self.read.key, self.write.key
+
+    @property
     def crosses(self) -> bool:
         """Whether it reads one place and writes another (transcoders)."""
         return self.read.key != self.write.key
@@ -160,6 +165,7 @@ class Runtime:
         self.busy: frozenset[str] = frozenset()  # sites that any open request touches, in whatever context
         self.special_ids = special_ids
         self.everywhere: tuple[Request, ...] = ()
+        self._everywhere_at: dict[str, tuple[Request, ...]] = {}  # the same, by the key of the places that they touch
         self.in_context: ContextVar[tuple[Request, ...]] = ContextVar("sae_hooks", default=())
         self.local = threading.local()
         self._lock = threading.Lock()
@@ -202,7 +208,8 @@ class Runtime:
 
     def _refresh(self) -> None:
         requests = (*self.everywhere, *self._contexts)
-        self.busy = frozenset(place.key for r in requests for place in (r.slot.read, r.slot.write))
+        self.busy = frozenset(key for r in requests for key in r.slot.keys)
+        self._everywhere_at = {key: tuple(r for r in self.everywhere if key in r.slot.keys) for key in self.busy}
         if self.traced is not None and not self.busy <= self.traced:
             self._growths += 1
             self.traced = self.traced | self.busy if self._growths < MOST_GROWTHS else None
@@ -213,6 +220,11 @@ class Runtime:
         """What is open for the code that runs here and now."""
         here = self.in_context.get()
         return (*self.everywhere, *(r for r in here if r.open)) if here else self.everywhere
+
+    def requests_at(self, key: str) -> tuple[Request, ...]:
+        """The same, at one place."""
+        found, here = self._everywhere_at.get(key, ()), self.in_context.get()
+        return (*found, *(r for r in here if r.open and key in r.slot.keys)) if here else found
 
     def begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""

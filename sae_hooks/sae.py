@@ -208,10 +208,9 @@ class SAE(nn.Module):
         boolean, is True, or everywhere. None, where a GPU does not do all that at once: it does for few tokens."""
         own: Mapping[str, Any] = self._parameters
         W_enc, threshold = own["W_enc"], own.get("threshold")
-        if kernels.triton_for(W_enc) is None or threshold is None or self.W_skip is not None or self._needs_plain(x):
+        if threshold is None or self.W_skip is not None:
             return None
-        rows = self._rows(x, W_enc.shape[0])
-        return kernels.splice_few(rows, W_enc.T, own["b_enc"], threshold, own["W_dec"], own["b_dec"], old, chosen)
+        return kernels.splice_few(x, W_enc.T, own["b_enc"], threshold, own["W_dec"], own["b_dec"], old, chosen)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.

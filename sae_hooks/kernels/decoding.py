@@ -18,6 +18,7 @@ from .tiles import (
     half_product,
     has_all_features,
     held_together,
+    is_bare,
     is_one_tile,
     linear,
     multiplies_halves,
@@ -84,12 +85,15 @@ def splice_few(
     old: Tensor,
     chosen: Tensor | None,
 ) -> Tensor | None:
-    """old (..., d_out), of n rows, with `reconstruct` of x (n, d_in) in its place, in old's dtype: where chosen (...),
-    boolean, is True, or everywhere. None where that is not done at once: so it is on GPUs, for few tokens."""
-    if not is_few(x, W_dec) or (triton := triton_for(x, W_rows, W_dec)) is None:
+    """old (..., d_out) with `reconstruct` of x (..., d_in) in its place, in old's dtype: where chosen (...), boolean,
+    is True, or everywhere. None where that is not done at once: it is on GPUs, for few tokens, without gradients."""
+    if (triton := triton_for(x, W_rows, bias, threshold, W_dec, b_dec)) is None:
         return None
-    dtype = wide(x, W_rows)
-    pre, rest = unadded(ready(x, W_rows), W_rows, cast(bias, dtype))
+    rows = x.reshape(-1, W_rows.shape[1])
+    if not is_few(rows, W_dec) or not is_bare(x):
+        return None
+    dtype = wide(rows, W_rows)
+    pre, rest = unadded(ready(rows, W_rows), W_rows, cast(bias, dtype))
     spliced: Tensor = triton.reconstruct_few(pre, rest, threshold, W_dec, cast(b_dec, dtype), old, chosen)
     return spliced
 

@@ -109,7 +109,8 @@ def reconstruct_few(
         parts, sizes = cdiv(f, PART), sizes_apart(d, APART, pre.dtype)
         columns = torch.empty(n * parts * (PART + 1), dtype=torch.int32, device=pre.device)
         values = torch.empty_like(columns, dtype=pre.dtype)
-        old, chosen = (None if t is None or chosen is None else t.contiguous() for t in (old, chosen))
+        if chosen is not None and old is not None:
+            chosen, old = chosen.contiguous(), old.contiguous()
         block = min(power_of_2(max(f, 1)), COLLECTED)
         with on(pre):
             _collect[(n, parts)](pre, bias, threshold.contiguous(), f, pre.stride(0), columns, values, PART=PART,
