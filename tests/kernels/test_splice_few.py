@@ -74,6 +74,8 @@ def test_only_few_tokens_without_gradients_of_a_threshold_are(monkeypatch):
     assert sae_of(k=5).spliced(x, x) is None
     assert sae_of(W_skip=torch.eye(24)).spliced(x, x) is None
     assert sae_of().spliced(x.repeat(30, 1), x.repeat(30, 1)) is None
+    assert sae_of().spliced(x, x[:2]) is None
+    assert sae_of().spliced(x, x[:, :23]) is None
     with torch.enable_grad():
         assert sae_of().spliced(x.clone().requires_grad_(), x) is None
         assert sae_of().requires_grad_().spliced(x, x) is None
