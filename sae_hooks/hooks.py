@@ -169,10 +169,8 @@ class SiteHook:
         """Put what is rebuilt from source[chosen] in place of new[chosen]; None: of all. Returns a new tensor."""
         assert isinstance(request, SpliceRequest)
         sae = request.slot.on(new.device)
-        if request.plain and not torch.is_grad_enabled():
-            spliced = sae.spliced(source, new, chosen)
-            if spliced is not None:
-                return spliced
+        if request.plain and (spliced := sae.spliced(source, new, chosen)) is not None:
+            return spliced
         old = new.flatten(0, -2)
         if chosen is None and request.plain:
             rebuilt: Tensor = sae(source, new.dtype)

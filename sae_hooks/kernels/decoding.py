@@ -88,7 +88,7 @@ def splice_few(
     """old (..., d_out) with `reconstruct` of x (..., d_in) in its place, in old's dtype: where chosen (...), boolean,
     is True, or everywhere. None where that is not done at once, as it is on GPUs for few tokens, without gradients, or
     old has not as many rows of d_out."""
-    if (triton := triton_for(x, W_rows, bias, threshold, W_dec, b_dec)) is None:
+    if (triton := triton_for(x, W_rows, bias, threshold, W_dec, b_dec, old)) is None:
         return None
     rows = x.reshape(-1, W_rows.shape[1])
     if not is_few(rows, W_dec) or not is_bare(x) or old.numel() != len(rows) * W_dec.shape[1]:

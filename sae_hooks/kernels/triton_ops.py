@@ -228,19 +228,16 @@ def _decode_collected(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < d
-    here = True
-    if chosen is not None:
-        here = tl.load(chosen + row) != 0
     DTYPE: tl.constexpr = weights.dtype.element_ty
     total, nothing = tl.zeros((K, BLOCK), DTYPE), tl.zeros((1,), DTYPE)
     for part in range(parts):
         start = (row * parts + part) * (PART + 1)
         stop = start + tl.load(ids + start + PART)
-        if here:
-            total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
+        total = segment(total, start, stop, ids, weights, table, stride, columns, within, K)
         nothing += tl.load(weights + start + PART)
     found = tl.sum(total, 0) + tl.load(base + columns, mask=within, other=0.0) + nothing
     found = found.to(out.dtype.element_ty)
     if chosen is not None:
+        here = tl.load(chosen + row) != 0
         found = tl.where(here, found, tl.load(old + row * d + columns, mask=within, other=0.0))
     tl.store(out + row * d + columns, found, mask=within)

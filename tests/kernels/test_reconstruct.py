@@ -199,3 +199,20 @@ def test_bfloat16_weights_are_read_as_they_are_on_gpus(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(kernels.decode(acts, low, b_dec), kernels.decode(acts, low, b_dec.clone()))
     assert products[2:] == products[:1] * 2
+
+
+def test_tokens_of_several_tiles_are_decided_by_the_very_products_that_linear_makes(monkeypatch):
+    """Also where a GPU would take all of them together: small SAEs, whose activations it does not count."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("compiled kernels take no tensors of a CPU")
+    monkeypatch.setattr(segments, "TRITON_ON", ("cpu",))
+    monkeypatch.setattr(decoding, "SMALL", 2**62)
+    monkeypatch.setattr(decoding, "GPU_FEW", 0)
+    monkeypatch.setattr(tiles, "CPU_TOKENS", 4)
+    parts = [*parts_of(torch.float32)]
+    taken = []
+    monkeypatch.setattr(decoding, "unadded", lambda x, *rest: taken.append(len(x)) or tiles.unadded(x, *rest))
+    parts[3] = kernels.linear(*parts[:3]).amax(0)
+    assert torch.equal(kernels.reconstruct(*parts), parts[5].repeat(11, 1))
+    assert taken == [3, 4, 4]

@@ -7,6 +7,8 @@ from kernels.triton_cases import DEVICE, normal, put, same
 
 from sae_hooks import SAE, attach_saes, kernels
 from sae_hooks.kernels import decoding, segments
+from sae_hooks.runtime import SpliceRequest
+from sae_hooks.saes import Handle
 
 triton = pytest.importorskip("triton")
 
@@ -79,6 +81,7 @@ def test_only_few_tokens_without_gradients_of_a_threshold_are(monkeypatch):
     with torch.enable_grad():
         assert sae_of().spliced(x.clone().requires_grad_(), x) is None
         assert sae_of().requires_grad_().spliced(x, x) is None
+        assert sae_of().spliced(x, x.clone().requires_grad_()) is None
     monkeypatch.setattr(segments, "TRITON_ON", ())
     assert sae_of().spliced(x, x) is None
 
@@ -101,6 +104,22 @@ def test_a_hooked_model_takes_it(choice, random_model, random_sae, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert handle.positions_edited == plain.positions_edited
     assert not torch.allclose(found, model(input_ids=ids).logits, atol=1e-2)
+
+
+def test_what_else_a_splice_writes_is_left_to_others(random_model, random_sae, monkeypatch):
+    model, sae = random_model("Gemma2").to(DEVICE), random_sae(32, 64, "model.layers.1.output").to(DEVICE)
+    attach_saes(model, sae)
+    ids, found = torch.tensor([[2, 5, 6, 7]], device=DEVICE), []
+    for kinds in ((DEVICE,), ()):
+        monkeypatch.setattr(segments, "TRITON_ON", kinds)
+        with model.saes.splice(), model.saes.clamp({3: 40.0}):
+            found.append(model(input_ids=ids).logits)
+        slot, = model.saes._slots.values()
+        request = SpliceRequest(slot, rebuild=lambda sae, x, target: target + 1)
+        with Handle(model.saes._runtime, [request], "model"):
+            found.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], found[3])
 
 
 @pytest.mark.parametrize("few", [True, False])

@@ -169,12 +169,24 @@ def test_a_new_thread_does_not_inherit_an_edit_of_the_context_and_the_handle_war
         assert torch.equal(in_thread(logits, attached, ids), plain)
 
 
-def test_a_thread_run_in_a_copy_of_the_context_has_its_edits(attached, ids):
+def test_a_thread_run_in_a_copy_of_the_context_has_its_edits_until_they_are_closed(attached, ids):
+    plain = logits(attached, ids)
     with attached.saes.clamp({3: 40.0}, scope="context"):
         steered = logits(attached, ids)
         copied = contextvars.copy_context()
         assert torch.equal(in_thread(copied.run, logits, attached, ids), steered)
-    assert not torch.equal(in_thread(copied.run, logits, attached, ids), steered)
+    assert torch.equal(in_thread(copied.run, logits, attached, ids), plain)
+    with attached.saes.capture():  # and hooks look what there is
+        assert torch.equal(in_thread(copied.run, logits, attached, ids), plain)
+
+
+def test_an_edit_of_the_context_is_made_at_its_own_site(attached, ids, random_sae):
+    attach_saes(attached, random_sae(attached.config.hidden_size, 64, "model.layers.0.output"))
+    with attached.saes.clamp({3: 40.0}, layer=1):
+        steered = logits(attached, ids)
+    with attached.saes.capture(), attached.saes.clamp({3: 40.0}, layer=1, scope="context") as clamp:
+        assert torch.equal(logits(attached, ids), steered)
+    assert clamp.positions_edited == (ids != attached.config.bos_token_id).sum()
 
 
 def reference(model, ids, features):
