@@ -176,7 +176,7 @@ class SiteHook:
             rebuilt: Tensor = sae(source, new.dtype)
             return rebuilt.reshape(new.shape)
         few = not torch.is_grad_enabled() and kernels.is_little(old, sae.W_dec)
-        if few and request.plain and chosen is not None:  # to ask a GPU where they lie takes longer
+        if few and request.plain and chosen is not None:  # to ask a GPU where they lie would take longer
             return torch.where(chosen.unsqueeze(-1), sae(source, new.dtype), new)
         at = self.runtime.current().places(everything(new) if chosen is None else chosen)
         read = source.flatten(0, -2).index_select(0, at)

@@ -35,8 +35,8 @@ from .triplets import Csr, Triplets, by_row, compressed, moved
 CROWDED, GPU_CROWDED = 0.12, 0.04  # share of features active from which the dense product is the quicker decoder
 SMALL = 2**23  # products of one decoding up to which the dense one is on CPUs, whatever is active ...
 LEAST = 8  # ... where fewer tokens count as so many: then it is a matter of reading W_dec
-GPU_FEW, GPU_FEW_SIZE = 64, 2**23  # tokens, and their features, for which a GPU is not asked what is active: listed
-GPU_SMALL = 2**33  # products of one decoding up to which it is not, either: the dense one is quicker than to look
+GPU_FEW, GPU_FEW_SIZE = 64, 2**23  # tokens, and pre-activations, up to which a GPU lists what is active uncounted
+GPU_SMALL = 2**33  # products of one decoding up to which it counts nothing, either, since the dense one is quicker
 
 
 @traceable(
@@ -174,8 +174,8 @@ def decode_sparse(indptr: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor
 def _decoded_ahead(
     x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
 ) -> Callable[[], Tensor]:
-    """What gives `reconstruct` of tokens that are taken together with all features. A GPU decodes as many entries as
-    are quickly decoded by the rows of what is active, before it is asked whether those were all."""
+    """What gives `reconstruct` of tokens that are taken together with all features. Before a GPU is asked how many are
+    active, it lists as many as are quickly decoded by their rows, and decodes them if those were all."""
     pre, rest = unadded(x, rows, bias)
     triton = triton_for(pre)
     assert triton is not None

@@ -34,9 +34,7 @@ class Candidates:
     and threshold (features) float32, rows (features, d) of any dtype. ahead: a GPU is given more to do before one asks.
     """
 
-    def __init__(
-        self, x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, ahead: bool = False
-    ) -> None:
+    def __init__(self, x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, ahead: bool = False) -> None:
         self.x, self.rows, self.bias = x, rows, bias
         low_x, low_rows = x.bfloat16(), cast(rows, torch.bfloat16)
         coarse = half_product(low_x, low_rows)
