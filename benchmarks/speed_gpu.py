@@ -82,7 +82,7 @@ GEMMA_2_9B: dict[str, Any] = {
 TINY: dict[str, Any] = GEMMA_2_9B | {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 128, "vocab_size": 512}
-OFTEN, PAIRED = 4, 4  # rounds of generation for one of others, and of a clamp for one of those
+OFTEN, PAIRED = 4, 4  # rounds of generation for one of a prefill, and of a clamp for one of other cases
 WARM_UPS = {"prefill": 2, "generate": 1, "static": 1, "compiled": 3}
 CLAMP = "clamp 8 features"
 COMPILED = ("bare", CLAMP, "nothing open", "1 spliced")
@@ -269,17 +269,18 @@ def row(gemma: Gemma, arithmetic: Arithmetic, mode: str, case: str, result: Resu
             f"1.2: {verdict(extra <= 1.2 * due)}, of it 0.8: {verdict(of_it >= 0.8)}")
 
 
-def in_turns(mode: str, builds: Builds) -> list[list[str]]:
-    """The cases that are timed in turns: a clamp, which costs little, with nothing but the bare model, which thus comes
-    out twice; compiled ones, which take long to make, one after another."""
+def in_turns(mode: str, builds: Builds) -> list[tuple[list[str], int]]:
+    """(cases, rounds for one that was asked for) of what is timed in turns: a clamp, which costs little, with nothing
+    but the bare model, which thus comes out twice; compiled ones, which take long to make, one after another.
+    Generation, whose speed is the CPU's, is timed in short turns and many."""
+    often = 1 if mode == "prefill" else OFTEN
     if mode == "compiled":
-        return [[case] for case in builds]
-    return [[case for case in builds if case != CLAMP], ["bare", CLAMP]]
+        return [([case], often) for case in builds]
+    return [([case for case in builds if case != CLAMP], often), (["bare", CLAMP], PAIRED * often)]
 
 
 def language_model(bench: Bench, modes: tuple[str, ...], section: Callable[[str], None]) -> None:
-    """The part `language-model`: a section for each mode. Generation, whose speed is the CPU's, is timed in short turns
-    and many."""
+    """The part `language-model`: a section for each mode."""
     gemma = Gemma(bench)
     try:
         for case, spliced in gemma.cases().items():
@@ -292,11 +293,8 @@ def language_model(bench: Bench, modes: tuple[str, ...], section: Callable[[str]
             arithmetic = Arithmetic(gemma)
             bench.say(HEAD)
             builds, found = gemma.builds(mode), {}  # type: Builds, dict[str, Result]
-            for group in in_turns(mode, builds):
-                rounds = bench.rounds
-                if mode != "prefill":
-                    rounds *= OFTEN * (PAIRED if len(group) == 2 else 1)
-                found |= measure({case: builds[case] for case in group}, replace(bench, rounds=rounds))
+            for group, times in in_turns(mode, builds):
+                found |= measure({case: builds[case] for case in group}, replace(bench, rounds=times * bench.rounds))
                 for case in group:
                     bench.say(row(gemma, arithmetic, mode, case, found[case], found["bare"]))
     finally:

@@ -21,6 +21,7 @@ from . import edits, kernels, sites, traced
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .generation import GUIDED, Generation, is_assistant
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .sae import SAE
 from .tokens import PACKED, Pass
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -169,7 +170,7 @@ class SiteHook:
         """Put what is rebuilt from source[chosen] in place of new[chosen]; None: of all. Returns a new tensor."""
         assert isinstance(request, SpliceRequest)
         sae = request.slot.on(new.device)
-        if request.plain and (spliced := sae.spliced(source, new, chosen)) is not None:
+        if request.plain and (spliced := _spliced_at_once(sae, source, new, chosen)) is not None:
             return spliced
         old = new.flatten(0, -2)
         if chosen is None and request.plain:
@@ -296,6 +297,14 @@ def _inert_pass() -> PassHook:
 def everything(x: Tensor) -> Tensor:
     """The selection of every position of x (..., d)."""
     return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _spliced_at_once(sae: SAE, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:
+    """old (..., d_out) with the reconstruction of x (..., d_in) in its place where chosen (...), boolean, is True, or
+    everywhere, in old's dtype. None where a GPU does not do all that at once: it does for few tokens."""
+    if kernels.triton_for(old) is None or sae.threshold is None or sae.W_skip is not None:
+        return None
+    return kernels.splice_few(x, sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec, old, chosen)
 
 
 def _batch(x: Tensor, now: Pass, where: str) -> int:

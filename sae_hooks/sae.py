@@ -203,15 +203,6 @@ class SAE(nn.Module):
             x_hat = x_hat + self.skip(x)
         return kernels.cast(x_hat, dtype or x.dtype)
 
-    def spliced(self, x: Tensor, old: Tensor, chosen: Tensor | None = None) -> Tensor | None:
-        """old (..., d_out) with the reconstruction of x (..., d_in) in its place, in old's dtype: where chosen (...),
-        boolean, is True, or everywhere. None, where a GPU does not do all that at once: it does for few tokens."""
-        own: Mapping[str, Any] = self._parameters
-        W_enc, threshold = own["W_enc"], own.get("threshold")
-        if threshold is None or self.W_skip is not None:
-            return None
-        return kernels.splice_few(x, W_enc.T, own["b_enc"], threshold, own["W_dec"], own["b_dec"], old, chosen)
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/cfg.json and folder/sae_weights.safetensors in the SAELens 6 dialect; returns the folder.
 

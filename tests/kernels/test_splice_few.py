@@ -6,7 +6,8 @@ import torch
 from kernels.triton_cases import DEVICE, normal, put, same
 
 from sae_hooks import SAE, attach_saes, kernels
-from sae_hooks.kernels import decoding, segments
+from sae_hooks.hooks import _spliced_at_once
+from sae_hooks.kernels import segments
 from sae_hooks.runtime import SpliceRequest
 from sae_hooks.saes import Handle
 
@@ -64,7 +65,7 @@ def test_an_sae_splices_what_it_reconstructs(dtype, x_dtype, picked):
     for like in (old, old.to(x_dtype)):
         wanted = sae(x, like.dtype)
         wanted = wanted if chosen is None else torch.where(chosen[..., None], wanted, like)
-        found = sae.spliced(x, like, chosen)
+        found = _spliced_at_once(sae, x, like, chosen)
         assert found.dtype == like.dtype
         torch.testing.assert_close(found, wanted, rtol=2e-2 if like.dtype in (torch.bfloat16, torch.float16) else 1e-4,
                                    atol=1e-4)
@@ -72,18 +73,18 @@ def test_an_sae_splices_what_it_reconstructs(dtype, x_dtype, picked):
 
 def test_only_few_tokens_without_gradients_of_a_threshold_are(monkeypatch):
     x = normal(3, 24).float().to(DEVICE)
-    assert sae_of().spliced(x, x) is not None
-    assert sae_of(k=5).spliced(x, x) is None
-    assert sae_of(W_skip=torch.eye(24)).spliced(x, x) is None
-    assert sae_of().spliced(x.repeat(30, 1), x.repeat(30, 1)) is None
-    assert sae_of().spliced(x, x[:2]) is None
-    assert sae_of().spliced(x, x[:, :23]) is None
+    assert _spliced_at_once(sae_of(), x, x, None) is not None
+    assert _spliced_at_once(sae_of(k=5), x, x, None) is None
+    assert _spliced_at_once(sae_of(W_skip=torch.eye(24)), x, x, None) is None
+    assert _spliced_at_once(sae_of(), x.repeat(30, 1), x.repeat(30, 1), None) is None
+    assert _spliced_at_once(sae_of(), x, x[:2], None) is None
+    assert _spliced_at_once(sae_of(), x, x[:, :23], None) is None
     with torch.enable_grad():
-        assert sae_of().spliced(x.clone().requires_grad_(), x) is None
-        assert sae_of().requires_grad_().spliced(x, x) is None
-        assert sae_of().spliced(x, x.clone().requires_grad_()) is None
+        assert _spliced_at_once(sae_of(), x.clone().requires_grad_(), x, None) is None
+        assert _spliced_at_once(sae_of().requires_grad_(), x, x, None) is None
+        assert _spliced_at_once(sae_of(), x, x.clone().requires_grad_(), None) is None
     monkeypatch.setattr(segments, "TRITON_ON", ())
-    assert sae_of().spliced(x, x) is None
+    assert _spliced_at_once(sae_of(), x, x, None) is None
 
 
 @pytest.mark.parametrize("choice", ["ordinary", "all", "a mask"])
@@ -122,11 +123,9 @@ def test_what_else_a_splice_writes_is_left_to_others(random_model, random_sae, m
     assert torch.equal(found[1], found[3])
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_gradients_go_another_way(few, random_model, random_sae, monkeypatch):
+def test_gradients_go_another_way(random_model, random_sae):
     model, sae = random_model("Gemma2").to(DEVICE), random_sae(32, 64, "model.layers.1.output").to(DEVICE)
     attach_saes(model, sae)
-    monkeypatch.setattr(decoding, "GPU_FEW", 64 if few else 0)
     with torch.enable_grad(), model.saes.splice():
         model(input_ids=torch.tensor([[2, 5, 6, 7]], device=DEVICE)).logits.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.any()
