@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from warnings import warn
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from . import hub, sites
-from .errors import SaeAttachError, SaeMismatchError, SaeWarning, SiteError
+from . import compiling, hub, sites
+from .errors import SaeAttachError, SaeMismatchError, SiteError
 from .formats.hook_names import kind_of, layer_of
 from .hooks import GenerateHook, PackedHook, PassHook, SiteHook
 from .runtime import Runtime, Slot
@@ -76,7 +74,7 @@ def detach_saes(model: nn.Module) -> None:
     if saes is not None:
         saes._installed.remove()
         del saes._model.__dict__["saes"]
-        _compile_anew(saes._runtime, attached=False)
+        compiling.anew(saes._runtime, ())
 
 
 @dataclass
@@ -86,6 +84,7 @@ class Installed:
     runtime: Runtime
     hooks: dict[str, SiteHook] = field(default_factory=dict)
     doors: set[int] = field(default_factory=set)
+    tables: set[compiling.Table] = field(default_factory=set)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def remove(self) -> None:
@@ -257,7 +256,7 @@ def _install(model: nn.Module, slots: Sequence[Slot], present: Saes | None) -> N
         raise
     saes._slots.update({slot.name: slot for slot in slots})
     model.__dict__["saes"] = saes
-    _compile_anew(installed.runtime, attached=True)
+    compiling.anew(installed.runtime, installed.tables)
 
 
 def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
@@ -269,13 +268,19 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
                 if place.side == "output"
                 else place.module.register_forward_pre_hook(hook.before, with_kwargs=True)
             )
+            table = compiling.AFTER if place.side == "output" else compiling.BEFORE
+            installed.tables.add((type(place.module), table))
             _order_anew(place.module._forward_hooks)
             installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
-    for door in _doors(model, slot.read.path):
+    doors = _doors(model, slot.read.path)
+    apart = any(getattr(getattr(door, "config", None), "is_encoder_decoder", False) for door in doors)
+    for n, door in enumerate(doors):
         if id(door) not in installed.doors:
             installed.doors.add(id(door))
-            noting = PassHook(installed.runtime, _positional(door))
+            outer = () if apart else map(id, doors[:n])
+            noting = PassHook(installed.runtime, _positional(door), id(door), outer)
             handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
+            installed.tables.add((type(door), compiling.BEFORE))
             _order_anew(door._forward_pre_hooks)
             installed.undo += [partial(installed.doors.discard, id(door)), handle.remove]
     _hook_generate(model, installed, slot.read.path)
@@ -357,29 +362,3 @@ def _special_ids(model: nn.Module) -> frozenset[int]:
             value = getattr(source, name, None)
             found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return frozenset(i for i in found if isinstance(i, int))
-
-
-_attached: WeakSet[Runtime] = WeakSet()
-_skipped: list[Any] = []  # what torch's setting was before the first attach
-
-
-def _compile_anew(runtime: Runtime, attached: bool) -> None:
-    """Make torch.compile drop what it has compiled, and tell modules with hooks from others while any are attached.
-
-    By default it does neither: late hooks never run, and the layers of a model share graphs, so that one with a hook
-    may run the graph of one without (edits inside layers were lost in most passes). The setting itself belongs to one
-    thread; its default, which is changed here, to all.
-    """
-    from torch import _dynamo as dynamo  # seconds to import, but transformers imports it with any model
-
-    (_attached.add if attached else _attached.discard)(runtime)
-    entry = getattr(dynamo.config, "_config", {}).get("skip_nnmodule_hook_guards")  # private: torch 2.13 has it
-    if entry is None:
-        warn("this version of torch is not known to sae_hooks: edits inside layers may be lost in models compiled by "
-             "torch.compile; run them uncompiled", SaeWarning, stacklevel=3)
-    elif _attached and not _skipped:
-        _skipped.append(entry.default)
-        entry.default = False
-    elif not _attached and _skipped:
-        entry.default = _skipped.pop()
-    dynamo.reset()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from .errors import EditError, SaeAttachError, SaeMismatchError
 from .generation import GUIDED, Generation, is_assistant
 from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
 from .sae import SAE
-from .tokens import PACKED, Pass
+from .tokens import PACKED, Pass, ids_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -215,20 +215,52 @@ class SiteHook:
 
 class PassHook:
     """Forward pre-hook of the model (and of the model inside it): notes the tokens of a pass while a request is
-    open. names: what the model's arguments are called, by position."""
+    open. names: what the model's arguments are called, by position; door: the module's id; outer: those of the modules
+    around it that read the same tokens and have such hooks, too."""
 
-    def __init__(self, runtime: Runtime, names: Sequence[str] = ()) -> None:
-        self.runtime, self.names = runtime, names
+    def __init__(
+        self, runtime: Runtime, names: Sequence[str] = (), door: int = 0, outer: Iterable[int] = ()
+    ) -> None:
+        self.runtime, self.names, self.door, self.outer = runtime, names, door, frozenset(outer)
+        self.name = traced.enter(self)
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the pass; changes nothing."""
-        if self.runtime.active:
-            self._before(module, args, kwargs)
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Note the pass; changes nothing. Of a model inside the one that a graph is made of: (args, kwargs) with a copy
+        of its ids or embeddings, from the operator that notes it."""
+        if not self.runtime.active:
+            return None
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and traced.is_within(self.name):
+            named = self._named(args, kwargs)
+            ids = ids_of(args, named)
+            x = named.get("inputs_embeds") if ids is None else ids
+            place = next((place for place, value in (*enumerate(args), *kwargs.items()) if value is x), None)
+            if x is not None and place is not None:
+                return sites.replace_input(args, kwargs, place, traced.at_door(x, self.name))
+        self._before(module, args, kwargs)
+        return None
+
+    def is_within(self) -> bool:
+        """Whether a pass has begun at an outer door, and has not come here yet."""
+        now = self.runtime.begun()
+        return now is not None and self.door not in now.owners and not self.outer.isdisjoint(now.owners)
+
+    def entered(self, x: Tensor, copy: Tensor) -> None:
+        """Note, where a graph runs, that the pass goes on with x at this door, whose module reads a copy of it. Raises
+        SaeAttachError where it does not."""
+        now = self.runtime.begun()
+        if now is None or self.door in now.owners or not now.gives(x):
+            raise SaeAttachError("a compiled graph runs a model inside the model twice in a pass, or on other tokens; "
+                                 "run it uncompiled while an edit, splice or capture is open")
+        now.owners.add(self.door)
+        if not x.is_floating_point():
+            now.given = copy
 
     @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        named = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
-        self.runtime.begin(module, args, named)
+        self.runtime.begin(module, args, self._named(args, kwargs))
+
+    def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PassHook:
         return _inert_pass()

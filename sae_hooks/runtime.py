@@ -228,7 +228,7 @@ class Runtime:
 
     def begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
-        current: Pass | None = getattr(self.local, "current", None)
+        current = self.begun()
         if current is None or not current.continues(id(owner), args, kwargs):
             generation: Generation | None = getattr(self.local, "generation", None)
             if generation is not None and generation.opening != self.openings:
@@ -237,9 +237,14 @@ class Runtime:
             self.local.stash = {}
         current.owners.add(id(owner))
 
+    def begun(self) -> Pass | None:
+        """The last pass of this thread that was noted."""
+        found: Pass | None = getattr(self.local, "current", None)
+        return found
+
     def current(self) -> Pass:
         """The pass that this thread is in."""
-        found: Pass | None = getattr(self.local, "current", None)
+        found = self.begun()
         if found is None or found.shape is None:
             return Pass(None, None, None, 0, None)
         return found

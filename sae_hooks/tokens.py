@@ -57,19 +57,27 @@ class Pass:
             self.mask: Tensor | None = known if self.group == 1 else known.repeat_interleave(self.group, dim=0)
         else:
             self.mask = None if mask is None else mask.bool()
+        self.given = ids  # what the modules inside get that are of this pass
         self.owners: set[int] = set()  # the modules that have begun with it
         self._cached: dict[Any, Tensor | None] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
     def continues(self, owner: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a module that begins inside the model belongs to this pass: it gets the same ids, or embeddings."""
-        return owner not in self.owners and ((ids := _ids(args, kwargs)) is None or ids is self.ids)
+        return owner not in self.owners and ((ids := ids_of(args, kwargs)) is None or ids is self.given)
+
+    def gives(self, x: Tensor) -> bool:
+        """Whether x, ids or embeddings, which a graph may have copied, is what a module inside gets."""
+        ids = self.given
+        if ids is None or x.is_floating_point():
+            return x.shape[:2] == self.shape
+        return x.shape == ids.shape and (x.data_ptr() == ids.data_ptr() or torch.equal(x, ids))
 
     @classmethod
     def of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
         """Read from the arguments of the forward of `owner`, a model."""
         _refuse_packed(kwargs)
-        ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        ids, embeds = ids_of(args, kwargs), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
         mask = kwargs.get("attention_mask")
@@ -208,7 +216,8 @@ def _generating() -> bool:
     return False
 
 
-def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids (batch, tokens) among the arguments of a model's forward, if there are any."""
     for value in (kwargs.get("input_ids"), *args[:1]):
         if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
             return value

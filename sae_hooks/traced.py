@@ -1,8 +1,9 @@
-"""A site in a graph of torch.compile: an operator that the compiler cannot look into. It runs the site's hook whenever
-the graph runs.
+"""A site, or the door of a model inside the model, in a graph of torch.compile: an operator that the compiler cannot
+look into. It runs the hook whenever the graph runs.
 
 To break the graph at a site is to break the loop over the layers, and that the compiler does not compile: each layer
-gets a graph of its own, until there are too many, and the other layers none.
+gets a graph of its own, until there are too many, and the other layers none. To break it at a door costs every pass two
+graphs more, with their guards.
 """
 
 from itertools import count
@@ -19,10 +20,20 @@ _numbers = count()
 
 
 def enter(hook: Any) -> str:
-    """A name for a hook with a method `applied(x)`, by which it is found while it lives."""
+    """A name for a hook with a method `applied(x)`, or `is_within()` and `entered(x, copy)`, by which it is found while
+    it lives."""
     name = str(next(_numbers))
     _hooks[name] = hook
     return name
+
+
+def is_within(name: str) -> bool:
+    """Whether a door is entered in a pass that has begun at another one. It is asked when a graph is made; what the
+    graph begins with is then always in such a pass."""
+    return bool((hook := _hooks.get(name)) and hook.is_within())
+
+
+is_within._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler calls it, and notes what it says
 
 
 def _at_site(x: Tensor, name: str) -> Tensor:
@@ -33,6 +44,18 @@ def _at_site(x: Tensor, name: str) -> Tensor:
     return own.clone() if new is own else new.contiguous()
 
 
+def _at_door(x: Tensor, name: str) -> Tensor:
+    """A copy of what a model inside reads, ids (batch, tokens) or embeddings (batch, tokens, d), once that is noted:
+    the graph can do nothing before."""
+    copy, hook = x.clone(memory_format=torch.contiguous_format), _hooks.get(name)
+    if hook is not None:
+        hook.entered(x, copy)
+    return copy
+
+
 at_site = torch.library.custom_op(
     "sae_hooks::at_site", _at_site, mutates_args=(), schema="(Tensor x, str name) -> Tensor", tags=OUTSIDE_CUDA_GRAPHS)
-at_site.register_fake(lambda x, name: x.new_empty(x.shape))
+at_door = torch.library.custom_op(
+    "sae_hooks::at_door", _at_door, mutates_args=(), schema="(Tensor x, str name) -> Tensor", tags=OUTSIDE_CUDA_GRAPHS)
+for operator in (at_site, at_door):
+    operator.register_fake(lambda x, name: x.new_empty(x.shape))

@@ -4,12 +4,11 @@ Dynamo does the tracing and guarding that all this is about; what runs the graph
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from weakref import WeakSet
 
 import pytest
 import torch
 
-from sae_hooks import EditError, SaeAttachError, SaeWarning, attach, attach_saes, detach_saes, traced
+from sae_hooks import EditError, SaeAttachError, attach_saes, detach_saes, traced
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SITES = ("model.layers.1.output", "model.layers.0.self_attn.o_proj.input")
@@ -200,9 +199,8 @@ def test_an_edit_leaves_all_layers_compiled(random_model, ids, random_sae, backe
     compiled = torch.compile(model, backend=backend)
     with model.saes.add({2: 8.0}):
         assert torch.equal(logits(compiled, ids), logits(model, ids))
-    assert len(graphs) <= 4
-    layers = [{node.name for node in graph.graph.nodes if "q_proj" in str(node.target) + node.name} for graph in graphs]
-    assert max(map(len, layers)) >= 10
+    (graph,) = graphs
+    assert len({node.name for node in graph.graph.nodes if "q_proj" in str(node.target) + node.name}) >= 10
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler asks for it
@@ -265,13 +263,6 @@ def test_what_a_hook_sees_and_gives_is_not_in_the_graph_s_memory():
     assert torch.equal(traced.at_site(x, name), x)
 
 
-def test_with_nothing_open_the_whole_model_is_one_graph(model, ids, saes, backend, graphs):
-    attach_saes(model, saes)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert torch.equal(logits(compiled, ids), logits(model, ids))
-    assert len(graphs) == 1
-
-
 def test_hooks_lie_in_the_order_in_which_they_run_which_is_where_older_compilers_look(model, saes):
     """An OrderedDict whose entry was moved to the front keeps it where it was in the dict beneath."""
     theirs = [module.register_forward_hook(lambda *args: None).id for module in model.modules()]
@@ -283,16 +274,6 @@ def test_hooks_lie_in_the_order_in_which_they_run_which_is_where_older_compilers
         assert list(dict.keys(table)) == list(table)
         kept = [key for key in table if key in theirs]
         assert kept == sorted(kept)
-
-
-def test_an_edit_on_a_model_compiled_as_one_graph_raises_and_is_never_lost(model, ids, saes, backend):
-    attach_saes(model, saes)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    plain = logits(compiled, ids)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="sae_hooks"), EDITS["clamp"](model.saes):
-        logits(compiled, ids)
-    assert torch.equal(logits(compiled, ids), plain)
-
 
 
 # --- generate with a static cache, whose decoding steps transformers compiles by itself
@@ -345,53 +326,3 @@ def test_a_thread_that_compiles_by_itself_loses_no_edit_either(three, ids, rando
         with ThreadPoolExecutor(1) as pool:
             for _ in range(2):
                 assert torch.equal(pool.submit(logits, compiled, ids).result(timeout=60), eager)
-
-
-@pytest.fixture
-def first_attach(monkeypatch):
-    """As if nothing had been attached in this process, with torch's own setting."""
-    entry = torch._dynamo.config._config["skip_nnmodule_hook_guards"]
-    monkeypatch.setattr(attach, "_attached", WeakSet())
-    monkeypatch.setattr(attach, "_skipped", [])
-    monkeypatch.setattr(entry, "default", True)
-    return entry
-
-
-def test_torch_looks_at_hooks_in_every_thread_while_any_model_has_saes_and_then_as_before(random_model, ids, sae,
-                                                                                        first_attach):
-    def skipped():
-        with ThreadPoolExecutor(1) as pool:
-            return torch._dynamo.config.skip_nnmodule_hook_guards, pool.submit(
-                lambda: torch._dynamo.config.skip_nnmodule_hook_guards).result()
-
-    first, second = random_model("Gemma2"), random_model("Gemma2")
-    assert skipped() == (True, True)
-    attach_saes(first, sae)
-    attach_saes(first, sae, name="again")
-    attach_saes(second, sae)
-    detach_saes(first)
-    assert skipped() == (False, False)
-    detach_saes(second)
-    assert skipped() == (True, True)
-
-
-def test_without_our_care_torch_loses_a_hook_that_comes_late(backend, first_attach):
-    """The trap itself: should torch close it, `_compile_anew` in attach.py can go."""
-    module, calls = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), []
-    compiled = torch.compile(module, backend=backend)
-    compiled(torch.ones(1, 2))
-    module[0].register_forward_hook(lambda module, args, output: calls.append(1))
-    compiled(torch.ones(1, 2))
-    assert not calls
-
-
-def test_a_torch_without_the_setting_that_guards_hooks_is_named_when_attaching(random_model, random_sae, monkeypatch):
-    import torch._dynamo as dynamo
-
-    model = random_model("Gemma2")
-    monkeypatch.delitem(dynamo.config._config, "skip_nnmodule_hook_guards")
-    with pytest.warns(SaeWarning, match="uncompiled"):
-        attach_saes(model, random_sae(32, 64, "model.layers.1.output"))
-    with pytest.warns(SaeWarning, match="uncompiled"):
-        detach_saes(model)
-    assert not hasattr(model, "saes")
