@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch._dynamo.guards import GuardBuilder
 
-from sae_hooks import SaeAttachError, SaeWarning, attach_saes, compiling, detach_saes
+from sae_hooks import SaeAttachError, SaeWarning, attach_saes, compiling, detach_saes, tokens
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SITE = "model.layers.1.output"
@@ -152,17 +152,27 @@ def test_a_model_is_one_graph_whatever_is_open(hooked, ids, backend, graphs, cas
     assert len(graphs) == 1
 
 
+def test_gradients_through_one_graph_are_refused_while_an_edit_is_open(hooked, ids, backend):
+    compiled = torch.compile(hooked, backend=backend, fullgraph=True)
+    with hooked.saes.clamp({3: 40.0}, layer=1):
+        with torch.no_grad():
+            expected = compiled(ids, use_cache=False).logits
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="sae_hooks"):
+            compiled(ids, use_cache=False)
+        assert torch.equal(hooked(ids, use_cache=False).logits, expected)
+
+
 def test_a_pass_in_a_graph_is_that_of_its_own_tokens(hooked, ids, backend):
     """Other tokens, other padding, the model inside by itself, and eager passes, all in turn."""
     compiled, inner = (torch.compile(m, backend=backend) for m in (hooked, hooked.model))
     masks = torch.ones_like(ids), torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
     for n, mask in enumerate((*masks, *masks)):
-        tokens = ids.flip(n % 2)
+        read = ids.flip(n % 2)
         for door, theirs in ((hooked, compiled), (hooked.model, inner), (hooked.model, hooked.model)):
             counts = []
             for each in (door, theirs):
                 with torch.no_grad(), hooked.saes.clamp({3: 40.0}, layer=1) as clamp:
-                    each(tokens, attention_mask=mask, use_cache=False)
+                    each(read, attention_mask=mask, use_cache=False)
                 counts.append(clamp.positions_edited)
             assert counts == [int(mask.sum())] * 2
 
@@ -171,20 +181,54 @@ class Twice(transformers.LlamaForCausalLM):
     """Runs the model inside twice."""
 
     def forward(self, input_ids, **settings):
-        return self.lm_head(self.model(input_ids, **settings)[0] - self.model(input_ids.flip(1), **settings)[0])
+        return self.lm_head(self.model(input_ids, **settings)[0] + self.model(input_ids, **settings)[0].flip(1))
 
 
-def test_a_graph_that_runs_the_model_inside_twice_is_refused_and_does_so_eagerly(model, ids, random_sae, backend):
-    model = attach_saes(Twice(model.config).eval(), random_sae(32, 64, SITE, norm=8.0))
+class Backwards(transformers.LlamaForCausalLM):
+    """Gives the model inside other tokens."""
+
+    def forward(self, input_ids, **settings):
+        return self.lm_head(self.model(input_ids.flip(1), **settings)[0])
+
+
+@pytest.mark.parametrize("kind", [Twice, Backwards])
+def test_a_graph_in_which_the_model_inside_reads_something_else_is_refused(model, ids, random_sae, backend, kind):
+    model = attach_saes(kind(model.config).eval(), random_sae(32, 64, SITE, norm=8.0))
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
         plain = compiled(ids, use_cache=False)
         with model.saes.clamp({3: 40.0}, layer=1) as clamp:
-            model(ids, use_cache=False)
             with pytest.raises(SaeAttachError, match="uncompiled"):
                 compiled(ids, use_cache=False)
+            before = clamp.positions_edited
+            model(ids, use_cache=False)
+            assert clamp.positions_edited - before == ids.numel() * (2 if kind is Twice else 1)
         assert torch.equal(compiled(ids, use_cache=False), plain)
-    assert clamp.positions_edited >= 2 * ids.numel()
+
+
+class Wrapper(torch.nn.Module):
+    """A third door."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config = lm, lm.config
+
+    def forward(self, input_ids, **settings):
+        return self.lm(input_ids, **settings)
+
+
+def test_tokens_that_a_graph_hands_on_are_known_by_where_they_lie_else_by_what_they_are(model, ids, random_sae,
+                                                                                       backend, monkeypatch):
+    outer = attach_saes(Wrapper(model), random_sae(32, 64, "lm." + SITE, norm=8.0))
+    compiled = torch.compile(outer, backend=backend, fullgraph=True)
+    now = tokens.Pass((2, 9), ids, None, 0, None)
+    assert now.gives(ids.clone())
+    assert not now.gives(ids.flip(1))
+    assert not now.gives(ids[:, :8])
+    monkeypatch.setattr(tokens.torch, "equal", None)  # a GPU would be waited for
+    with torch.no_grad(), outer.saes.clamp({3: 40.0}) as clamp:
+        compiled(ids, use_cache=False)
+    assert clamp.positions_edited == ids.numel()
 
 
 def test_an_encoder_decoder_s_decoder_reads_tokens_of_its_own(ids, random_sae, backend):
