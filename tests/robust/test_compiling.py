@@ -75,15 +75,13 @@ def test_graphs_look_only_at_tables_in_which_ours_lie_of_modules_of_a_kind(model
     assert not looked_at
 
 
-def test_a_layer_of_a_class_made_from_that_of_the_hooked_one_is_looked_at(random_model, ids, random_sae, backend):
+def test_a_module_of_a_class_made_from_that_of_the_hooked_one_is_looked_at(random_model, ids, random_sae, backend):
     """As FSDP2 makes them."""
     model = random_model("Llama")
-    attach_saes(model, random_sae(32, 64, "model.layers.2.output", norm=8.0))
+    attach_saes(model, random_sae(32, 64, "model.layers.2.mlp.output", norm=8.0))
+    kind = type("Sharded", (type(model.model.layers[0].mlp),), {})
     for layer in model.model.layers:
-        layer.__class__ = type("Sharded", (type(layer),), {})
-    kind = type(model.model.layers[0])
-    for layer in model.model.layers:
-        layer.__class__ = kind
+        layer.mlp.__class__ = kind
         layer.compile(backend=backend)
     plain = logits(model, ids)
     with model.saes.add({2: 8.0}) as add:
@@ -150,6 +148,16 @@ def test_a_model_is_one_graph_whatever_is_open(hooked, ids, backend, graphs, cas
         for ours, eager in zip(one, found[0], strict=True):
             assert torch.equal(torch.as_tensor(ours), torch.as_tensor(eager))
     assert len(graphs) == 1
+
+
+def test_a_door_that_a_pass_has_come_to_is_not_within_it_any_more(hooked, ids):
+    (door,) = (hook.__self__ for hook in hooked.model._forward_pre_hooks.values())
+    with torch.no_grad(), hooked.saes.clamp({3: 40.0}, layer=1):
+        logits(hooked, ids)
+        assert hooked.saes._runtime.begun().owners == {id(hooked), id(hooked.model)}
+        assert not door.is_within()
+        hooked.saes._runtime.begun().owners.remove(id(hooked.model))
+        assert door.is_within()
 
 
 def test_gradients_through_one_graph_are_refused_while_an_edit_is_open(hooked, ids, backend):
