@@ -233,6 +233,7 @@ def test_tokens_that_a_graph_hands_on_are_known_by_where_they_lie_else_by_what_t
     assert now.gives(ids.clone())
     assert not now.gives(ids.flip(1))
     assert not now.gives(ids[:, :8])
+    assert [now.gives(torch.zeros(2, n, 32)) for n in (8, 9)] == [False, True]  # embeddings
     monkeypatch.setattr(tokens.torch, "equal", None)  # a GPU would be waited for
     with torch.no_grad(), outer.saes.clamp({3: 40.0}) as clamp:
         compiled(ids, use_cache=False)
