@@ -273,12 +273,11 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
             _order_anew(place.module._forward_hooks)
             installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
     doors = _doors(model, slot.read.path)
-    apart = any(getattr(getattr(door, "config", None), "is_encoder_decoder", False) for door in doors)
+    alike = not any(getattr(getattr(door, "config", None), "is_encoder_decoder", False) for door in doors)
     for n, door in enumerate(doors):
         if id(door) not in installed.doors:
             installed.doors.add(id(door))
-            outer = () if apart else map(id, doors[:n])
-            noting = PassHook(installed.runtime, _positional(door), id(door), outer)
+            noting = PassHook(installed.runtime, _positional(door), id(door), map(id, doors[:n]), alike)
             handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
             installed.tables.add((type(door), compiling.BEFORE))
             _order_anew(door._forward_pre_hooks)

@@ -216,12 +216,12 @@ class SiteHook:
 class PassHook:
     """Forward pre-hook of the model (and of the model inside it): notes the tokens of a pass while a request is
     open. names: what the model's arguments are called, by position; door: the module's id; outer: those of the modules
-    around it that read the same tokens and have such hooks, too."""
+    around it that have such hooks, too; alike: whether all of them read the same tokens."""
 
     def __init__(
-        self, runtime: Runtime, names: Sequence[str] = (), door: int = 0, outer: Iterable[int] = ()
+        self, runtime: Runtime, names: Sequence[str] = (), door: int = 0, outer: Iterable[int] = (), alike: bool = True
     ) -> None:
-        self.runtime, self.names, self.door, self.outer = runtime, names, door, frozenset(outer)
+        self.runtime, self.names, self.door, self.outer, self.alike = runtime, names, door, frozenset(outer), alike
         self.name = traced.enter(self)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -240,15 +240,15 @@ class PassHook:
         return None
 
     def is_within(self) -> bool:
-        """Whether a pass has begun at an outer door, and has not come here yet."""
+        """Whether a pass has begun at an outer door, and now comes here with the same tokens."""
         now = self.runtime.begun()
-        return now is not None and self.door not in now.owners and not self.outer.isdisjoint(now.owners)
+        return now is not None and self.alike and now.reaches(self.door, self.outer)
 
     def entered(self, x: Tensor, copy: Tensor) -> None:
         """Note, where a graph runs, that the pass goes on with x at this door, whose module reads a copy of it. Raises
         SaeAttachError where it does not."""
         now = self.runtime.begun()
-        if now is None or self.door in now.owners or not now.gives(x):
+        if now is None or not now.reaches(self.door, self.outer) or not now.gives(x):
             raise SaeAttachError("a compiled graph runs a model inside the model twice in a pass, or on other tokens; "
                                  "run it uncompiled while an edit, splice or capture is open")
         now.owners.add(self.door)
@@ -257,7 +257,7 @@ class PassHook:
 
     @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.runtime.begin(module, args, self._named(args, kwargs))
+        self.runtime.begin(module, self.outer, args, self._named(args, kwargs))
 
     def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs

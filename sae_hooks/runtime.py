@@ -226,10 +226,13 @@ class Runtime:
         found, here = self._everywhere_at.get(key, ()), self.in_context.get()
         return (*found, *(r for r in here if r.open and key in r.slot.keys)) if here else found
 
-    def begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it."""
+    def begin(
+        self, owner: nn.Module, outer: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it. outer: the
+        ids of those around it."""
         current = self.begun()
-        if current is None or not current.continues(id(owner), args, kwargs):
+        if current is None or not current.continues(id(owner), outer, args, kwargs):
             generation: Generation | None = getattr(self.local, "generation", None)
             if generation is not None and generation.opening != self.openings:
                 generation.opening, generation.missed = self.openings, True

@@ -62,9 +62,14 @@ class Pass:
         self._cached: dict[Any, Tensor | None] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def continues(self, owner: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a module that begins inside the model belongs to this pass: it gets the same ids, or embeddings."""
-        return owner not in self.owners and ((ids := ids_of(args, kwargs)) is None or ids is self.given)
+    def reaches(self, owner: int, outer: frozenset[int]) -> bool:
+        """Whether this pass has begun in a module around `owner`, and not come to that yet."""
+        return owner not in self.owners and not outer.isdisjoint(self.owners)
+
+    def continues(self, owner: int, outer: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether `owner`, which begins inside those around it, belongs to this pass: it gets the same ids, or
+        embeddings."""
+        return self.reaches(owner, outer) and ((ids := ids_of(args, kwargs)) is None or ids is self.given)
 
     def gives(self, x: Tensor) -> bool:
         """Whether x, ids or embeddings, which a graph may have copied, is what a module inside gets."""

@@ -150,6 +150,20 @@ def test_a_model_is_one_graph_whatever_is_open(hooked, ids, backend, graphs, cas
     assert len(graphs) == 1
 
 
+def test_a_pass_of_the_model_inside_by_itself_is_not_taken_for_the_next_one_s(hooked, ids, backend):
+    compiled = torch.compile(hooked, backend=backend)
+    masks = None, torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    with torch.no_grad(), hooked.saes.clamp({3: 40.0}, layer=1) as clamp:
+        for mask in masks:
+            compiled(ids, attention_mask=mask, use_cache=False)
+        for each in (hooked, compiled):
+            for mask, count in zip(masks, (18, 15), strict=True):
+                hooked.model(ids, use_cache=False)
+                before = clamp.positions_edited
+                each(ids, attention_mask=mask, use_cache=False)  # the very same ids
+                assert clamp.positions_edited - before == count
+
+
 def test_a_door_that_a_pass_has_come_to_is_not_within_it_any_more(hooked, ids):
     (door,) = (hook.__self__ for hook in hooked.model._forward_pre_hooks.values())
     with torch.no_grad(), hooked.saes.clamp({3: 40.0}, layer=1):
@@ -206,8 +220,9 @@ def test_a_graph_in_which_the_model_inside_reads_something_else_is_refused(model
     with torch.no_grad():
         plain = compiled(ids, use_cache=False)
         with model.saes.clamp({3: 40.0}, layer=1) as clamp:
-            with pytest.raises(SaeAttachError, match="uncompiled"):
-                compiled(ids, use_cache=False)
+            for _ in range(2):
+                with pytest.raises(SaeAttachError, match="uncompiled"):
+                    compiled(ids, use_cache=False)
             before = clamp.positions_edited
             model(ids, use_cache=False)
             assert clamp.positions_edited - before == ids.numel() * (2 if kind is Twice else 1)
