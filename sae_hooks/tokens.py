@@ -76,7 +76,7 @@ class Pass:
         ids = self.given
         if ids is None or x.is_floating_point():
             return x.shape[:2] == self.shape
-        return x.shape == ids.shape and (x.data_ptr() == ids.data_ptr() or torch.equal(x, ids))
+        return x.shape == ids.shape and (x.data_ptr() == ids.data_ptr() or torch.equal(x, ids.to(x)))
 
     @classmethod
     def of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:

@@ -246,6 +246,7 @@ def test_tokens_that_a_graph_hands_on_are_known_by_where_they_lie_else_by_what_t
     compiled = torch.compile(outer, backend=backend, fullgraph=True)
     now = tokens.Pass((2, 9), ids, None, 0, None)
     assert now.gives(ids.clone())
+    assert now.gives(ids.int())
     assert not now.gives(ids.flip(1))
     assert not now.gives(ids[:, :8])
     assert [now.gives(torch.zeros(2, n, 32)) for n in (8, 9)] == [False, True]  # embeddings
