@@ -30,8 +30,8 @@ lint: $(READY)  ## ruff and mypy --strict
 pytest: $(READY)  ## the tests alone; TESTS=... picks some, JOBS=0 runs them in this process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10 $(TESTS)
 
-bench: $(READY)  ## what hooks and edits cost, as ratios beside a bare hook
-	@for name in hook_cost compare_saelens; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: $(READY)  ## what hooks and edits cost, also compiled
+	@for name in hook_cost compiled_cost compare_saelens; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 speed: $(READY)  ## beside dense code, SAELens, dictionary_learning, sparsify (an hour; 4 GB of their environments)
 	$(BIN)/python benchmarks/speed.py

@@ -74,6 +74,7 @@ def measure(layers: int, rounds: int) -> dict[str, list[float]]:
     for case in CASES:
         pipes[case], theirs = spawn.Pipe()
         spawn.Process(target=work, args=(theirs, case, layers), daemon=True).start()
+        theirs.close()  # so that `recv` raises EOFError, should the process die
     for _ in range(2):  # the first compiles, all of them at once; the second warms up
         for pipe in pipes.values():
             pipe.send(True)

@@ -22,7 +22,7 @@ from .runtime import Runtime
 Table = tuple[type[nn.Module], str]  # a class, and the attribute of its modules in which hooks lie
 AFTER, BEFORE = "_forward_hooks", "_forward_pre_hooks"
 EMPTY = PassHook.before, PassHook._before  # where these are not part of a graph, one of their own would be of nothing
-GUARD = "EMPTY_NN_MODULE_HOOKS_DICT"  # what torch has in place of looking at an empty table; private: 2.11 to 2.13 do
+GUARD = "EMPTY_NN_MODULE_HOOKS_DICT"  # what torch has in place of looking at an empty table; private: 2.11, 2.13
 _tables: WeakKeyDictionary[Runtime, frozenset[Table]] = WeakKeyDictionary()
 _lock = Lock()
 

@@ -2,8 +2,8 @@
 look into. It runs the hook whenever the graph runs.
 
 To break the graph at a site is to break the loop over the layers, and that the compiler does not compile: each layer
-gets a graph of its own, until there are too many, and the other layers none. To break it at a door costs every pass two
-graphs more, with their guards.
+gets a graph of its own, until there are too many, and the other layers none. To break it at a door has every pass
+enter more graphs than one, each with its guards.
 """
 
 from itertools import count

@@ -150,6 +150,12 @@ def test_a_model_is_one_graph_whatever_is_open(hooked, ids, backend, graphs, cas
     assert len(graphs) == 1
 
 
+def test_with_nothing_open_it_is_one_graph_too(hooked, ids, backend, graphs):
+    compiled = torch.compile(hooked, backend=backend, fullgraph=True)
+    assert torch.equal(logits(compiled, ids), logits(hooked, ids))
+    assert len(graphs) == 1
+
+
 def test_a_pass_of_the_model_inside_by_itself_is_not_taken_for_the_next_one_s(hooked, ids, backend):
     compiled = torch.compile(hooked, backend=backend)
     masks = None, torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
