@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .errors import EditError
 
 OPS = ("clamp", "scale", "add")
 TOKENS = ("all", "prompt", "generated")
 FORMAT = "sae_hooks.edits/1"
 Strength = float | Tensor
+AT_ONCE = 512  # tokens times features up to which a GPU makes an edit in one launch: each token reads all rows
 LARGEST = 1.8e19  # its square still fits float32, so a norm layer survives it
 
 
@@ -176,6 +178,22 @@ class Rows:
             return shift
         change = torch.addcmul(shift, gain, acts)
         return change * (acts > 0) if self.only_if_active else change
+
+    def at_once(self, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:
+        """old (..., d_out) as the edit leaves it where chosen (...), boolean, is True, or everywhere, in old's dtype;
+        x (..., d_in): what is read. None where a GPU does not do that at once: it does for few tokens and features, of
+        one strength for all."""
+        if (triton := kernels.triton_for(x, old)) is None or (self.reads and self.threshold is None):
+            return None
+        features, d_out = self.W_dec.shape
+        positions = x.numel() // x.shape[-1]
+        if len(self.gain) > 1 or positions * features > AT_ONCE or old.numel() != positions * d_out:
+            return None
+        if not (kernels.is_bare(x) and kernels.is_bare(old)):
+            return None
+        edited: Tensor = triton.edit_few(x, self.W_enc if self.reads else None, self.b_enc, self.threshold, self.W_dec,
+                                         self.gain, self.shift, self.only_if_active, old, chosen)
+        return edited
 
 
 def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:

@@ -150,14 +150,13 @@ class SiteHook:
         Where there is more to come than a reconstruction, all goes through float32 and back, which changes no bit of
         untouched positions.
         """
-        alone = len(requests) == 1 and isinstance(requests[0], SpliceRequest) and requests[0].plain
-        new = wide = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
+        alone = len(requests) == 1 and not _is_custom(requests[0])
+        new = x if alone else kernels.cast(x, torch.promote_types(x.dtype, torch.float32))
         for request in sorted(requests, key=_reconstructions_first) if len(requests) > 1 else requests:
             source = self._source(request.slot, x)
             chosen = self.runtime.select(request, source, self.site.key)
             if isinstance(request, EditRequest):
-                changed = new + self._change(request, wide if source is x else source, x)
-                new = changed if chosen is None else torch.where(chosen.unsqueeze(-1), changed, new)
+                new = self._edit(new, request, _rows(request, x), source, chosen)
             else:
                 new = self._splice(new, request, source, chosen)
         if x.dtype == torch.float16 and float(new.detach().abs().max()) > torch.finfo(x.dtype).max:
@@ -184,18 +183,24 @@ class SiteHook:
         target = old if request.plain else old.index_select(0, at)
         return old.index_copy(0, at, request.rebuild(sae, read, target).to(new.dtype)).view_as(new)
 
-    def _change(self, request: EditRequest, source: Tensor, x: Tensor) -> Tensor:
-        """What an edit adds to x (..., d_out), before positions are chosen."""
-        rows, now = _rows(request, x), self.runtime.current()
-        batch = 1 if len(rows.gain) == 1 else _batch(x, now, self.site.key)
-        as_is = x.ndim == source.ndim == 3
+    def _edit(
+        self, new: Tensor, request: EditRequest, rows: edits.Rows, source: Tensor, chosen: Tensor | None
+    ) -> Tensor:
+        """Add what an edit of the features of `source` changes to new[chosen]; None: to all. Returns a new tensor."""
+        if (edited := rows.at_once(source, new, chosen)) is not None:
+            return edited
+        wide, now = kernels.cast(new, rows.W_dec.dtype), self.runtime.current()
+        batch = 1 if len(rows.gain) == 1 else _batch(new, now, self.site.key)
+        as_is = new.ndim == source.ndim == 3
         acts = None
         if rows.reads:
-            wide = kernels.cast(source, rows.W_enc.dtype)
-            wide = wide if as_is else wide.reshape(batch, -1, source.shape[-1])
-            acts = rows.acts(wide) if rows.threshold is not None else _topk_acts(request, wide)
+            read = wide if source is new else kernels.cast(source, wide.dtype)
+            read = read if as_is else read.reshape(batch, -1, source.shape[-1])
+            acts = rows.acts(read) if rows.threshold is not None else _topk_acts(request, read)
         change = rows.change(acts, now.group, batch) @ rows.W_dec
-        return change if as_is else change.expand(batch, x[..., 0].numel() // batch, -1).reshape(x.shape)
+        if not as_is:
+            change = change.expand(batch, new[..., 0].numel() // batch, -1).reshape(new.shape)
+        return wide + change if chosen is None else torch.where(chosen.unsqueeze(-1), wide + change, wide)
 
     def _source(self, slot: Slot, x: Tensor) -> Tensor:
         """What the slot's SAE reads: x itself, or what its other hook saw earlier in this pass."""
@@ -350,6 +355,10 @@ def _batch(x: Tensor, now: Pass, where: str) -> int:
             "there, so one strength for each cannot be given. Give one number for all rows"
         )
     return now.shape[0]
+
+
+def _is_custom(request: Request) -> bool:
+    return isinstance(request, SpliceRequest) and not request.plain
 
 
 def _reconstructions_first(request: Request) -> bool:

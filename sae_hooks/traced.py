@@ -18,7 +18,7 @@ from .kernels import OUTSIDE_CUDA_GRAPHS
 
 _hooks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by name, which graphs keep: strings are constants there
 _numbers = count()
-_library = torch.library.Library("sae_hooks", "FRAGMENT")
+_library: Any = torch.library.Library("sae_hooks", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def enter(hook: Any) -> str:

@@ -1,4 +1,5 @@
-"""What is above a threshold in Triton kernels, without gradients, and with triton_sums.py all that Triton does here."""
+"""What is above a threshold in Triton kernels, without gradients, and with triton_edit.py and triton_sums.py all that
+Triton does here."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -7,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_edit import edit_few
 from .triton_sums import FUSION, adam_rows, cdiv, dots, even, on, power_of_2, segment, sizes_apart, warps, weighted_sums
 
-__all__ = ["Above", "adam_rows", "dots", "gated_parts", "reconstruct_few", "weighted_sums"]
+__all__ = ["Above", "adam_rows", "dots", "edit_few", "gated_parts", "reconstruct_few", "weighted_sums"]
 
 WORD = 32  # marks that one number holds
 MARKED, LISTED = 1024, 256  # pre-activations that a program of `Above` marks, and such numbers that one lists

@@ -251,7 +251,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sae_hooks.kernels import triton_ops as ops, triton_sums as sums_of
+from sae_hooks.kernels import triton_edit as edit_of, triton_ops as ops, triton_sums as sums_of
 
 def compile(kernel, types, constants, warps=4):
     names = kernel.arg_names
@@ -293,6 +293,11 @@ for table, number, starts, ids in (("*fp32", "*fp32", "*i32", "*i64"), ("*bf16",
     pairs = {"rows": ids, "ids": ids, "by_row": number, "by_id": table, "out": number, "count": "i32", "d": "i32",
              "row_stride": "i32", "id_stride": "i32"}
     compile(sums_of._dots, pairs, {"K": 16, "BLOCK": 128})
+for kept, wide, read in (("*bf16", "*fp32", True), ("*fp64", "*fp64", True), ("*fp16", "*fp32", False)):
+    types = {n: wide for n in ("W_dec", "b_enc", "gain", "shift")} | {"x": kept, "old": kept, "out": kept}
+    types |= {n: "i32" for n in ("d_in", "d_out", "k", "x_stride", "enc_stride", "dec_stride")}
+    types |= {"W_enc": wide, "threshold": wide} if read else {"chosen": "*i1"}
+    compile(edit_of._edit, types, {"ONLY_IF_ACTIVE": read, "K": 8, "READ": 512, "BLOCK": 512})
 one = {"d": 1, "row_stride": 1, "id_stride": 1}  # Triton makes constants of ones
 compile(sums_of._dots, {n: t for n, t in pairs.items() if n not in one}, one | {"K": 16, "BLOCK": 1})
 """
@@ -305,4 +310,4 @@ def test_kernels_compile_for_an_h100(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True,
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == 23
+    assert len(done.stdout.split()) == 26
