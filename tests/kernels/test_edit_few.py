@@ -78,6 +78,29 @@ def test_it_reads_views():
     assert same(found, wanted)
 
 
+def among_nan(t):
+    """The same numbers, where they run, with nan on all sides: a view."""
+    wide = torch.full([size + 8 for size in t.shape], torch.nan, dtype=t.dtype, device=DEVICE)
+    part = wide[tuple(slice(4, 4 + size) for size in t.shape)]
+    part.copy_(t)
+    return part
+
+
+def test_it_reads_nothing_beside_what_it_is_given():
+    x, of = normal(3, 21, seed=7).float(), numbers(6, 21, 21, torch.float32)
+    wanted = triton_ops.edit_few(*put(x, *of), True, *put(x), None)
+    x, *of = map(among_nan, (x, *of))
+    assert same(triton_ops.edit_few(x, *of, True, x, None), wanted)
+
+
+def test_what_is_at_its_threshold_is_not_active():
+    x = torch.tensor([[1.0, 1.0]])
+    W_enc, threshold, W_dec = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([2.0, 0.5]), torch.eye(2)
+    nothing = torch.zeros(2)
+    found = triton_ops.edit_few(*put(x, W_enc, nothing, threshold, W_dec, torch.ones(2), nothing), False, *put(x), None)
+    assert found.tolist() == [[1.0, 2.0]]
+
+
 def test_without_an_encoder_nothing_is_read():
     *_, W_dec, gain, shift = numbers(3, 40, 24, torch.float32)
     x, old = torch.full((2, 40), torch.nan), normal(2, 24, seed=8).float()
@@ -148,8 +171,9 @@ def test_what_is_not_few_or_wants_more_goes_another_way(monkeypatch):
     assert rows(None, reads=False).at_once(x, x, None) is not None
     assert rows(None).at_once(x, x, None) is None
     assert rows(strengths=3).at_once(x, x, None) is None
-    assert rows().at_once(x.repeat(22, 1), x.repeat(22, 1), None) is None
-    assert rows().at_once(x.repeat(21, 1), x.repeat(21, 1), None) is not None
+    most, more = normal(64, 24).float().to(DEVICE), normal(65, 24).float().to(DEVICE)
+    assert rows().at_once(most, most, None) is not None
+    assert rows().at_once(more, more, None) is None
     assert rows().at_once(x, x[:2], None) is None
     with torch.enable_grad():
         assert rows().at_once(x.clone().requires_grad_(), x, None) is None
