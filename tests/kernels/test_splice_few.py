@@ -123,6 +123,16 @@ def test_what_else_a_splice_writes_is_left_to_others(random_model, random_sae, m
     assert torch.equal(found[1], found[3])
 
 
+def test_what_else_a_splice_writes_stands_for_activations_in_float32(random_model, random_sae):
+    model, sae = random_model("Gemma2").to(DEVICE, torch.bfloat16), random_sae(32, 64, "model.layers.1.output")
+    attach_saes(model, sae.to(DEVICE))
+    slot, = model.saes._slots.values()
+    targets = []
+    with Handle(model.saes._runtime, [SpliceRequest(slot, rebuild=lambda _, x, t: targets.append(t) or t)], "model"):
+        model(input_ids=torch.tensor([[2, 5, 6, 7]], device=DEVICE))
+    assert [t.dtype for t in targets] == [torch.float32]
+
+
 def test_gradients_go_another_way(random_model, random_sae):
     model, sae = random_model("Gemma2").to(DEVICE), random_sae(32, 64, "model.layers.1.output").to(DEVICE)
     attach_saes(model, sae)
