@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -339,9 +339,12 @@ def everything(x: Tensor) -> Tensor:
 def _spliced_at_once(sae: SAE, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:
     """old (..., d_out) with the reconstruction of x (..., d_in) in its place where chosen (...), boolean, is True, or
     everywhere, in old's dtype. None where a GPU does not do all that at once: it does for few tokens."""
-    if kernels.triton_for(old) is None or sae.threshold is None or sae.W_skip is not None:
+    if kernels.triton_for(old) is None:
         return None
-    return kernels.splice_few(x, sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec, old, chosen)
+    own: Mapping[str, Any] = sae._parameters  # read as attributes they take a microsecond each
+    if (threshold := own.get("threshold")) is None or own.get("W_skip") is not None:
+        return None
+    return kernels.splice_few(x, own["W_enc"].T, own["b_enc"], threshold, own["W_dec"], own["b_dec"], old, chosen)
 
 
 def _batch(x: Tensor, now: Pass, where: str) -> int:

@@ -43,6 +43,8 @@ class Slot:
     @property
     def sae(self) -> SAE:
         """The SAE, loaded at first use; raises what loading raises, and stays unloaded then."""
+        if self._loaded is not None:
+            return self._loaded
         with self._lock:
             if self._loaded is None:
                 with torch.inference_mode(False):  # what is made in inference mode can never take part in training
