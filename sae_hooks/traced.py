@@ -60,6 +60,8 @@ def _operator(function: Callable[[Tensor, str], Tensor]) -> Any:
     what torch.library.custom_op wraps around it, for gradients, of which graphs with hooks have none: that takes three
     times as long as an operator."""
     name = function.__name__.removeprefix("_")
+    while hasattr(torch.ops.sae_hooks, name):  # of this module, imported before: its graphs still call that one
+        name += "_"
     _library.define(f"{name}(Tensor x, str name) -> Tensor", tags=OUTSIDE_CUDA_GRAPHS)
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sae_hooks::{name}", lambda x, name: x.new_empty(x.shape), lib=_library)

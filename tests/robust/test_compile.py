@@ -3,6 +3,7 @@
 Dynamo does the tracing and guarding that all this is about; what runs the graphs is a backend that only counts them.
 """
 
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -261,6 +262,19 @@ def test_what_a_hook_sees_and_gives_is_not_in_the_graph_s_memory():
             assert len({t.data_ptr() for t in (each, out, hook.seen)}) == 3
     del hook
     assert torch.equal(traced.at_site(x, name), x)
+
+
+def test_it_may_be_imported_anew_while_what_came_of_the_first_import_lives():
+    spec = importlib.util.spec_from_file_location("sae_hooks.traced_anew", traced.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+
+    class Hook:
+        def __init__(self, factor):
+            self.applied = lambda x: factor * x
+
+    hooks = [(traced, Hook(2)), (anew, Hook(3))]
+    assert [module.at_site(torch.ones(1), module.enter(hook)).item() for module, hook in hooks] == [2, 3]
 
 
 def test_hooks_lie_in_the_order_in_which_they_run_which_is_where_older_compilers_look(model, saes):
