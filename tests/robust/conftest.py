@@ -32,8 +32,12 @@ def ids():
 def sae_for(random_sae):
     """sae_for(model, ids, layer=1, d_sae=96, **settings): a SAE of which a tenth fires at a layer of this model."""
     def make(model, ids, layer=1, d_sae=96, **settings):
-        with torch.no_grad():
-            states = model(ids, output_hidden_states=[layer + 1]).hidden_states[layer + 1]
+        found = []
+        with torch.no_grad(), model.get_submodule(f"model.layers.{layer}").register_forward_hook(
+            lambda module, args, output: found.append(output)
+        ):
+            model(ids)
+        states, = found
         settings = {"site": f"model.layers.{layer}.output", "seed": layer, **settings}
         return random_sae(states.shape[-1], d_sae, like=states, **settings)
     return make
