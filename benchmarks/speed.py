@@ -42,7 +42,9 @@ from record import Record
 from speed_peers import PEERS
 from speed_workers import ENVIRONMENTS
 
-RESULT = Path(__file__).parent / "results/speed.txt"
+from sae_hooks.kernels.screen import CPU_SCREENS
+
+RESULT = Path(__file__).parent / f"results/speed{'-bfloat16' if CPU_SCREENS else ''}.txt"
 PARTS = ("step", "encode", "splice", "decode", "peers", "memory", "sweep")
 
 
@@ -64,8 +66,9 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]
 def machine(options: argparse.Namespace) -> str:
     """What was measured, on what."""
     malloc = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))]
+    capability = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if CPU_SCREENS else "")
     peers = "no peers" if options.no_peers else ", ".join(PEERS.values())
-    return (f"{os.cpu_count()}-core CPU ({processor()}, {torch.backends.cpu.get_cpu_capability()}), one thread; Python "
+    return (f"{os.cpu_count()}-core CPU ({processor()}, {capability}), one thread; Python "
             f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {peers}; "
             f"{platform.libc_ver()[0]}'s malloc {' '.join(malloc) or 'as it comes'}, where not said otherwise")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
-from .screen import Candidates, screens
+from .screen import Candidates, Signs, decided, screens, signs_for
 from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import triton_for, weighted_sums
 from .tiles import (
@@ -103,12 +103,14 @@ def _reconstruct_in_tiles(
     x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
 ) -> Tensor:
     """`reconstruct` of some tokens and features after the other."""
-    out, room = b_dec + _nothing(x, b_dec.dtype), room_for_tiles(x, W_rows, bias)
+    out, signs = b_dec + _nothing(x, b_dec.dtype), signs_for(x, W_rows, bias, threshold)
+    most = None if signs is None else signs.most
+    room = room_for_tiles(x, W_rows, bias, most)
 
-    def begun(t: slice, f: slice) -> Callable[[], Triplets | Tensor]:
-        return _sparse_or_dense(x[t], W_rows[f], bias[f], threshold[f], room, ahead=True)
+    def begun(part: Tensor, f: slice) -> Callable[[], Triplets | Tensor]:
+        return _sparse_or_dense(part, W_rows[f], bias[f], threshold[f], room, signs, ahead=True)
 
-    for t, of_tokens in by_tokens(x, W_rows, begun):
+    for t, of_tokens in by_tokens(x, W_rows, begun, most):
         sparse = []
         for _, f, found in of_tokens:
             part = found()
@@ -201,7 +203,13 @@ def _gated(pre: Tensor, rest: Tensor | None, threshold: Tensor) -> Tensor:
 
 
 def _sparse_or_dense(
-    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None = None, ahead: bool = False
+    x: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    room: Tensor | None = None,
+    signs: Signs | None = None,
+    ahead: bool = False,
 ) -> Callable[[], Triplets | Tensor]:
     """What gives what is active among tokens and features that are taken together, and perhaps more with activations of
     0; all activations, where that is much: in room, if there is one. ahead: see `_in_tile`."""
@@ -216,7 +224,7 @@ def _sparse_or_dense(
 
         return screened_or_dense
     if (triton := triton_for(x, rows)) is None:
-        return partial(_marked_or_dense, x, rows, bias, threshold, room)
+        return partial(_marked_or_dense, x, rows, bias, threshold, room, signs)
     pre, rest = unadded(x, rows, bias)
     found = triton.Above(pre, threshold, rest, ahead=ahead)
 
@@ -230,9 +238,11 @@ def _sparse_or_dense(
 
 
 def _marked_or_dense(
-    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None
+    x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, room: Tensor | None, signs: Signs | None
 ) -> Triplets | Tensor:
     """The same at once, in PyTorch's operations."""
+    if signs is not None and (found := signs.candidates(x, rows, bias, threshold)) is not None:
+        return decided(found, threshold)
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
     return gated(pre, marks, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_csr, traceable
-from .screen import decided, screened, screens
+from .screen import Signs, decided, screened, screens, signs_for
 from .search import above, exceeding, gated, largest, marked
 from .segments import triton_for
 from .tiles import (
@@ -43,8 +43,8 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
 def encode_sparse(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Csr:
     """CSR of the features with pre > threshold, indices ascending in each row; never holds (n, d_sae).
 
-    pre is what `linear` makes of the same x, bit for bit; on GPUs, where many tokens are screened, but for rounding in
-    float32. nan is above no threshold.
+    pre is what `linear` makes of the same x, bit for bit, but for rounding in float32 where many tokens are screened:
+    on GPUs, and on CPUs with instructions for bfloat16. nan is above no threshold.
     """
     return compressed(find_above(x, W_rows, bias, threshold), len(x))
 
@@ -67,20 +67,27 @@ def find_above(
         return decided(_in_tiles(x, W_rows, bias, threshold, screened), threshold)
     if is_one_tile(x, W_rows):
         return _in_tile(x, W_rows, bias, threshold, multiply)()
-    room = room_for_tiles(x, W_rows, bias)
-    return _in_tiles(x, W_rows, bias, threshold, partial(_in_tile, multiply=multiply, room=room))
+    signs = signs_for(x, W_rows, bias, threshold) if multiply is None else None
+    most = None if signs is None else signs.most
+    search = partial(_in_tile, multiply=multiply, room=room_for_tiles(x, W_rows, bias, most), signs=signs)
+    return _in_tiles(x, W_rows, bias, threshold, search, most)
 
 
 def _in_tiles(
-    x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, search: Callable[..., Callable[[], Triplets]]
+    x: Tensor,
+    W_rows: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    search: Callable[..., Callable[[], Triplets]],
+    most: int | None = None,
 ) -> Triplets:
-    """What a search gives that is begun in one tile after the other."""
+    """What a search gives that is begun in one tile, of at most so many pairs, after the other."""
     found, ahead = [], not is_one_tile(x, W_rows)
 
-    def begun(t: slice, f: slice) -> Callable[[], Triplets]:
-        return search(x[t], W_rows[f], bias[f], threshold[f], ahead=ahead)
+    def begun(part: Tensor, f: slice) -> Callable[[], Triplets]:
+        return search(part, W_rows[f], bias[f], threshold[f], ahead=ahead)
 
-    for t, of_tokens in by_tokens(x, W_rows, begun):
+    for t, of_tokens in by_tokens(x, W_rows, begun, most):
         parts = [moved(listed(), 0, f.start) for _, f, listed in of_tokens]
         found.append(moved(by_row(parts, t.stop - t.start, bias), t.start, 0))
     return joined(found, bias)
@@ -109,6 +116,7 @@ def _in_tile(
     multiply: torch.dtype | None = None,
     room: Tensor | None = None,
     ahead: bool = False,
+    signs: Signs | None = None,
 ) -> Callable[[], Triplets]:
     """What gives find_above for tokens and features that are taken together. What a GPU can do before one waits for it,
     it does from here on; ahead: and more will be given to it before one does."""
@@ -116,4 +124,9 @@ def _in_tile(
         pre, rest = unadded(x, rows, bias, multiply)
         listed: Callable[[], Triplets] = triton.Above(pre, threshold, rest, ahead=ahead).listed
         return listed
-    return lambda: above(affine(x, rows, bias, multiply, room), threshold)
+
+    def searched() -> Triplets:
+        found = None if signs is None else signs.candidates(x, rows, bias, threshold)
+        return above(affine(x, rows, bias, multiply, room), threshold) if found is None else decided(found, threshold)
+
+    return searched

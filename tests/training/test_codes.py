@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_hooks.kernels import starts_of
+from sae_hooks.kernels import screen, starts_of, tiles
 from sae_hooks.training import codes
 from sae_hooks.training.codes import DenseCode, Encoder, Held, Pairs, SparseCode, encode
 
@@ -78,3 +78,24 @@ def test_gradients_are_summed_from_narrow_rows_where_they_are_read_so() -> None:
     for one, other in zip(wide, narrow, strict=True):
         assert other.dtype == torch.float32
         assert 1e-4 < (one - other).norm() / one.norm() < 5e-3
+
+
+def test_a_step_with_a_screen_is_the_step_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CPU_FROM": 1, "CPU_LEAST": 0, "CPU_THIN": 1, "CPU_MOST": 2.0, "CPU_TILE": 400}.items():
+        monkeypatch.setattr(screen, name, value)
+    monkeypatch.setattr(tiles, "CPU_SIZE", 400)
+    tried: list[int] = []
+    candidates = screen.Signs.candidates
+    monkeypatch.setattr(screen.Signs, "candidates", lambda *args: tried.append(1) or candidates(*args))
+    results = []
+    for on in (True, False):
+        monkeypatch.setattr(screen, "CPU_SCREENS", on)
+        x, encoder = layer("cpu")
+        weights = [encoder.W_enc.requires_grad_(), encoder.b_enc.requires_grad_()]
+        code = encode(x, encoder, torch.full((130,), 2.0), "sparse")
+        assert isinstance(code, SparseCode)
+        code.pre.square().sum().backward()
+        results.append([code.pairs.features, code.pairs.rows, code.pre.detach(), *(w.grad for w in weights)])
+        assert len(tried) == 13, "in tiles of ten features"
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
