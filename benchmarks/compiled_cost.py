@@ -9,7 +9,6 @@ token, medians over rounds of what a case takes more than the bare model beside 
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from record import cpu
 
 from sae_hooks import SAE, attach_saes
 
@@ -94,8 +94,7 @@ def report(times: dict[str, list[float]], layers: int) -> str:
     """The table."""
     lines = [f"Gemma 2, {layers} layers, d {D}, bfloat16, SAEs of {D_SAE} features at all layers, batch 1; medians of "
              f"{len(times['bare'])} rounds of {NEW} tokens",
-             f"2-core AVX2 CPU, one thread; Python {platform.python_version()}, torch {torch.__version__}, "
-             f"transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}",
+             f"{cpu()}, transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}",
              f"{'ms a token':14} {'':>8} {'more than bare':>15}"]
     for case, found in times.items():
         more = statistics.median(ours - bare for ours, bare in zip(found, times["bare"], strict=True))

@@ -8,7 +8,6 @@ the one thread. "Beside a bare hook" divides by what a no-op forward hook adds t
 
 import argparse
 import os
-import platform
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from time import thread_time
 from types import SimpleNamespace
 
 import torch
+from record import cpu
 
 from sae_hooks import SAE, attach_saes, detach_saes
 
@@ -139,8 +139,7 @@ def machine(options: argparse.Namespace) -> str:
     """What was measured, on what."""
     return (f"d {options.d}, d_sae {options.d_sae}, {options.dtype}, batch 1, 1 token, {LAYERS} layers with SAEs, "
             f"{'with' if options.sinks else 'without'} typical_norm; medians of {options.rounds} rounds of "
-            f"{options.steps} steps\n2-core AVX2 CPU, one thread; Python {platform.python_version()}, "
-            f"torch {torch.__version__}; load average {os.getloadavg()[0]:.1f}")
+            f"{options.steps} steps\n{cpu()}; load average {os.getloadavg()[0]:.1f}")
 
 
 def main() -> None:

@@ -1,8 +1,27 @@
-"""What a benchmark prints, in sections of a file, so that a part can be measured again by itself. Not run by itself."""
+"""What a benchmark prints, in sections of a file, so that a part can be measured again by itself, and on what machine.
+Not run by itself."""
 
+import os
+import platform
 import re
 import sys
 from pathlib import Path
+
+import torch
+
+from sae_hooks.kernels.signs import HAS_BFLOAT16
+
+
+def cpu() -> str:
+    """How many cores, of what, with what instructions, and the versions that matter, as far as the system tells."""
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
+    except OSError:
+        names = []
+    instructions = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if HAS_BFLOAT16 else "")
+    return (f"{os.cpu_count()}-core CPU ({names[0] if names else platform.machine()}, {instructions}), one thread; "
+            f"Python {platform.python_version()}, torch {torch.__version__}")
 
 
 class Record:

@@ -38,13 +38,13 @@ from pathlib import Path
 import numpy as np
 import speed_parts
 import torch
-from record import Record
+from record import Record, cpu
 from speed_peers import PEERS
 from speed_workers import ENVIRONMENTS
 
-from sae_hooks.kernels.screen import CPU_SCREENS
+from sae_hooks.kernels.signs import HAS_BFLOAT16
 
-RESULT = Path(__file__).parent / f"results/speed{'-bfloat16' if CPU_SCREENS else ''}.txt"
+RESULT = Path(__file__).parent / f"results/speed{'-bfloat16' if HAS_BFLOAT16 else ''}.txt"
 PARTS = ("step", "encode", "splice", "decode", "peers", "memory", "sweep")
 
 
@@ -66,21 +66,9 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]
 def machine(options: argparse.Namespace) -> str:
     """What was measured, on what."""
     malloc = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(("MALLOC_", "LD_PRELOAD"))]
-    capability = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if CPU_SCREENS else "")
     peers = "no peers" if options.no_peers else ", ".join(PEERS.values())
-    return (f"{os.cpu_count()}-core CPU ({processor()}, {capability}), one thread; Python "
-            f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {peers}; "
+    return (f"{cpu()}, numpy {np.__version__}; {peers}; "
             f"{platform.libc_ver()[0]}'s malloc {' '.join(malloc) or 'as it comes'}, where not said otherwise")
-
-
-def processor() -> str:
-    """Its name, as far as the system tells."""
-    try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
-from .screen import Candidates, Signs, decided, screens, signs_for
+from .screen import Candidates, decided, screens
 from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
 from .segments import triton_for, weighted_sums
+from .signs import Signs, signs_for
 from .tiles import (
     GPU_SIZE,
     affine,

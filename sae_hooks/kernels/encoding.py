@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_csr, traceable
-from .screen import Signs, decided, screened, screens, signs_for
+from .screen import decided, screened, screens
 from .search import above, exceeding, gated, largest, marked
 from .segments import triton_for
+from .signs import Signs, signs_for
 from .tiles import (
     affine,
     affine_tiles,

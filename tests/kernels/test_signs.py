@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import decoding, screen, segments, tiles
+from sae_hooks.kernels import decoding, segments, signs, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -14,20 +14,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def used(monkeypatch):
     """Screens whatever it can, in tiles of 400 pairs; what is returned gets the number of candidates of each tile, or
     None."""
-    for name, value in {"CPU_SCREENS": True, "CPU_FROM": 1, "CPU_LEAST": 0, "CPU_THIN": 1, "CPU_MOST": 2.0,
-                        "CPU_TILE": 400}.items():
-        monkeypatch.setattr(screen, name, value)
+    for name, value in {"HAS_BFLOAT16": True, "TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0,
+                        "TILE": 400}.items():
+        monkeypatch.setattr(signs, name, value)
     monkeypatch.setattr(segments, "TRITON_ON", ())
     monkeypatch.setattr(decoding, "SMALL", 0)
     monkeypatch.setattr(tiles, "CPU_SIZE", 400)
-    counts, candidates = [], screen.Signs.candidates
+    counts, candidates = [], signs.Signs.candidates
 
     def counted(self, *args):
         found = candidates(self, *args)
         counts.append(None if found is None else len(found[0]))
         return found
 
-    monkeypatch.setattr(screen.Signs, "candidates", counted)
+    monkeypatch.setattr(signs.Signs, "candidates", counted)
     return counts
 
 
@@ -45,9 +45,9 @@ def exact(x, W_rows, bias):
 
 
 def plainly(monkeypatch, function, *args):
-    """What a function gives without the screen."""
+    """What a function gives without the signs."""
     with monkeypatch.context() as patch:
-        patch.setattr(screen, "CPU_SCREENS", False)
+        patch.setattr(signs, "HAS_BFLOAT16", False)
         return function(*args)
 
 
@@ -138,33 +138,33 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
 
 def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
     x, W_rows, bias, threshold = parts_of()
-    monkeypatch.setattr(screen, "CPU_MOST", 0.05)
-    signs = screen.Signs(400)
-    found = [signs.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
+    monkeypatch.setattr(signs, "MOST", 0.05)
+    screen = signs.Signs(400)
+    found = [screen.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
     assert found == [None] * 40
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm, **out: products.append(1) or mm(*args, **out))
-    signs = screen.Signs(400)
+    screen = signs.Signs(400)
     for _ in range(40):
-        signs.candidates(x, W_rows[:10], bias[:10], threshold[:10])
+        screen.candidates(x, W_rows[:10], bias[:10], threshold[:10])
     assert len(products) == 3, "the first one, and one in sixteen"
-    monkeypatch.setattr(screen, "PROBED", (1, 1))  # x[0], which is small, is above nowhere
+    monkeypatch.setattr(signs, "PROBED", (1, 1))  # x[0], which is small, is above nowhere
     assert torch.equal(kernels.find_above(x, W_rows, bias, threshold)[1],
                        plainly(monkeypatch, kernels.find_above, x, W_rows, bias, threshold)[1])
 
 
 def test_it_is_left_alone_where_it_does_not_pay_or_may_not_be(monkeypatch):
     x, W_rows, bias, threshold = parts_of()
-    assert screen.signs_for(x, W_rows, bias, threshold) is not None
-    assert screen.signs_for(x.double(), W_rows.double(), bias.double(), threshold.double()) is None
-    assert screen.signs_for(x.clone().requires_grad_(), W_rows, bias, threshold) is None
+    assert signs.signs_for(x, W_rows, bias, threshold) is not None
+    assert signs.signs_for(x.double(), W_rows.double(), bias.double(), threshold.double()) is None
+    assert signs.signs_for(x.clone().requires_grad_(), W_rows, bias, threshold) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)
-        assert screen.signs_for(x, W_rows, bias, threshold) is None
-    for name, value in {"CPU_FROM": 41, "CPU_LEAST": 40 * 70 + 1, "CPU_THIN": 34, "CPU_MOST": 0.15}.items():
+        assert signs.signs_for(x, W_rows, bias, threshold) is None
+    for name, value in {"TOKENS": 41, "PAIRS": 40 * 70 + 1, "WIDTH": 34, "MOST": 0.15}.items():
         with monkeypatch.context() as patch:
-            patch.setattr(screen, name, value)
-            assert screen.signs_for(x, W_rows, bias, threshold) is None, name
+            patch.setattr(signs, name, value)
+            assert signs.signs_for(x, W_rows, bias, threshold) is None, name
 
 
 def test_autocast_changes_nothing_and_gradients_go_around_it(used):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_hooks.kernels import screen, starts_of, tiles
+from sae_hooks.kernels import signs, starts_of, tiles
 from sae_hooks.training import codes
 from sae_hooks.training.codes import DenseCode, Encoder, Held, Pairs, SparseCode, encode
 
@@ -81,15 +81,15 @@ def test_gradients_are_summed_from_narrow_rows_where_they_are_read_so() -> None:
 
 
 def test_a_step_with_a_screen_is_the_step_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"CPU_FROM": 1, "CPU_LEAST": 0, "CPU_THIN": 1, "CPU_MOST": 2.0, "CPU_TILE": 400}.items():
-        monkeypatch.setattr(screen, name, value)
+    for name, value in {"TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0, "TILE": 400}.items():
+        monkeypatch.setattr(signs, name, value)
     monkeypatch.setattr(tiles, "CPU_SIZE", 400)
     tried: list[int] = []
-    candidates = screen.Signs.candidates
-    monkeypatch.setattr(screen.Signs, "candidates", lambda *args: tried.append(1) or candidates(*args))
+    candidates = signs.Signs.candidates
+    monkeypatch.setattr(signs.Signs, "candidates", lambda *args: tried.append(1) or candidates(*args))
     results = []
     for on in (True, False):
-        monkeypatch.setattr(screen, "CPU_SCREENS", on)
+        monkeypatch.setattr(signs, "HAS_BFLOAT16", on)
         x, encoder = layer("cpu")
         weights = [encoder.W_enc.requires_grad_(), encoder.b_enc.requires_grad_()]
         code = encode(x, encoder, torch.full((130,), 2.0), "sparse")

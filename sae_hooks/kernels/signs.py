@@ -1,0 +1,115 @@
+"""What is above a threshold, decided in float32 at the speed of bfloat16 products, for CPUs that have instructions for
+them, which make those more than twice as quickly as exact ones.
+
+As in screen.py a product of rounded matrices says which pairs may be above, by a bound, and only those are computed
+anew. But here it is rounded to bfloat16 itself, and a pass over it in float32 would cost a good part of what it saves.
+So its signs tell: both matrices get four more columns, whose products are the most by which rounding can have changed
+the sum, and the bias less the threshold. Sums that are not negative may be above.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .screen import ROUNDING, SUMMING
+from .search import count, exceeding, marked
+from .segments import dots, starts_of
+from .tiles import CPU_TOKENS, affine, cast, is_untraced, within
+from .triplets import Triplets
+
+BESIDE = 4  # columns beside those of the matrices
+VANISHING = 2.0**-50  # more than the length of a row whose numbers are taken for 0, or their squares are
+HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # whether there are instructions for it
+TOKENS, PAIRS, WIDTH = 512, 2**22, 256  # tokens, pairs, and numbers of a token, from which a CPU screens
+TILE, ROWS = 2**20, 2**21  # pairs, and numbers in rows, that it takes together
+MOST = 0.04  # share of pairs up to which to compute those anew takes less long than the screen saves ...
+PROBED = 32, 512  # ... of which at most half are above, as so many tokens and features tell beforehand
+VAIN_IN = 16  # one tile in so many, and the first, may have more
+
+
+def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs | None:
+    """What finds the features (rows) of x by signs, where that pays: on a CPU, of many float32 activations, no
+    gradients wanted."""
+    if not (HAS_BFLOAT16 and x.is_cpu and torch.backends.mkldnn.enabled) or x.dtype != torch.float32:
+        return None
+    n, m = len(x), len(rows)
+    if n < TOKENS or n * m < PAIRS or x.shape[1] < WIDTH or not is_untraced(x, rows, bias):
+        return None
+    some, which = (slice(None, None, max(size // probed, 1)) for size, probed in zip((n, m), PROBED, strict=True))
+    pre = affine(x[some], rows[which], bias[which])
+    if count(pre > threshold[which]) > MOST / 2 * pre.numel():
+        return None
+    return Signs(min(TILE, min(n, CPU_TOKENS) * max(ROWS // x.shape[1], 1)))
+
+
+class Signs:
+    """Finds what is above in one tile after the other."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # pairs of a tile
+        self._tiles = self._vain = 0
+        self._tokens: tuple[Tensor, Tensor | None] | None = None  # the last ones, and what was made of them
+        self._low_rows = self._sums = torch.empty(0, dtype=torch.bfloat16)  # memory for one tile after the other
+
+    @torch.no_grad()
+    def candidates(self, x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Triplets | None:
+        """(tokens, features, values) of all that is above in x @ rows.T + bias > threshold, and of the few more that
+        might have been, by token, then by feature: x (tokens, d), bias and threshold (features) float32, rows
+        (features, d) of any dtype. None where to compute all values is the quicker way, or some are not finite."""
+        self._tiles += 1
+        if self._vain * VAIN_IN >= self._tiles:
+            return None
+        with torch.autocast("cpu", enabled=False):
+            if self._tokens is None or self._tokens[0] is not x:
+                self._tokens = x, _low_tokens(x)
+            low_x = self._tokens[1]
+            if low_x is None or (low_rows := self._of_features(rows, bias, threshold)) is None:
+                return None
+            self._sums = _grown(self._sums, len(x) * len(rows))
+            sums = torch.mm(low_x, low_rows.T, out=within(self._sums, len(x), len(rows)))
+            signs = sums.view(torch.int16)
+            marks = exceeding(signs, signs.new_tensor(-1))
+            if count(marks) > MOST * marks.numel():
+                self._vain += 1
+                return None
+            tokens, features, _ = marked(signs, marks)
+            values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, cast(rows, x.dtype))
+            return tokens, features, values + bias.index_select(0, features)
+
+    def _of_features(self, rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor | None:
+        """(features, d + BESIDE) in bfloat16, which `_low_tokens` are multiplied by."""
+        m, d = rows.shape
+        self._low_rows = _grown(self._low_rows, m * (d + BESIDE))
+        out = within(self._low_rows, m, d + BESIDE)
+        low = out[:, :d].copy_(rows)
+        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING
+        above = bias - threshold + 2 * SUMMING * (d + BESIDE) * (bias.abs() + threshold.abs())
+        out[:, d] = _not_below(size)
+        out[:, d + 1] = 0 if rows.dtype == torch.bfloat16 else _not_below((rows - low).norm(dim=1) + VANISHING)
+        out[:, d + 2] = above
+        rest = above - out[:, d + 2]
+        out[:, d + 3] = torch.where(rest.isfinite(), _not_below(rest), 0)
+        return out if bool(size.isfinite().all()) else None
+
+
+def _low_tokens(x: Tensor) -> Tensor | None:
+    """(tokens, d + BESIDE) in bfloat16, of x (tokens, d) in float32; None where some are not finite."""
+    n, d = x.shape
+    out = x.new_empty(n, d + BESIDE, dtype=torch.bfloat16)
+    lost = (x - out[:, :d].copy_(x)).norm(dim=1) + VANISHING
+    size = x.norm(dim=1) + lost
+    out[:, d] = _not_below(lost + 2 * SUMMING * (d + BESIDE) * size)
+    out[:, d + 1] = _not_below(size)
+    out[:, d + 2:] = 1
+    return out if bool(size.isfinite().all()) else None
+
+
+def _not_below(numbers: Tensor) -> Tensor:
+    """numbers and a little more, so that rounded, here and to bfloat16, they are not below what they are."""
+    return numbers + 2 * ROUNDING * numbers.abs()
+
+
+def _grown(room: Tensor, size: int) -> Tensor:
+    """room, or more, if that is less than size numbers."""
+    return room if room.numel() >= size else room.new_empty(size)
