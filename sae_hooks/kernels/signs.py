@@ -4,7 +4,8 @@ them, which make those more than twice as quickly as exact ones.
 As in screen.py a product of rounded matrices says which pairs may be above, by a bound, and only those are computed
 anew. But here it is rounded to bfloat16 itself, and a pass over it in float32 would cost a good part of what it saves.
 So its signs tell: both matrices get four more columns, whose products are the most by which rounding can have changed
-the sum, and the bias less the threshold. Sums that are not negative may be above.
+the sum, and the bias less the threshold. Sums that are not negative may be above. (Where a sum is near 0 the bias less
+the threshold is no larger than the product's bound, so that three times that bounds all that is summed.)
 """
 
 from __future__ import annotations
@@ -60,22 +61,21 @@ class Signs:
         self._tiles += 1
         if self._vain * VAIN_IN >= self._tiles:
             return None
-        with torch.autocast("cpu", enabled=False):
-            if self._tokens is None or self._tokens[0] is not x:
-                self._tokens = x, _low_tokens(x)
-            low_x = self._tokens[1]
-            if low_x is None or (low_rows := self._of_features(rows, bias, threshold)) is None:
-                return None
-            self._sums = _grown(self._sums, len(x) * len(rows))
-            sums = torch.mm(low_x, low_rows.T, out=within(self._sums, len(x), len(rows)))
-            signs = sums.view(torch.int16)
-            marks = exceeding(signs, signs.new_tensor(-1))
-            if count(marks) > MOST * marks.numel():
-                self._vain += 1
-                return None
-            tokens, features, _ = marked(signs, marks)
-            values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, cast(rows, x.dtype))
-            return tokens, features, values + bias.index_select(0, features)
+        if self._tokens is None or self._tokens[0] is not x:
+            self._tokens = x, _low_tokens(x)
+        low_x = self._tokens[1]
+        if low_x is None or (low_rows := self._of_features(rows, bias, threshold)) is None:
+            return None
+        self._sums = _grown(self._sums, len(x) * len(rows))
+        sums = torch.mm(low_x, low_rows.T, out=within(self._sums, len(x), len(rows)))
+        signs = sums.view(torch.int16)
+        marks = exceeding(signs, signs.new_tensor(-1))
+        if count(marks) > MOST * marks.numel():
+            self._vain += 1
+            return None
+        tokens, features, _ = marked(signs, marks)
+        values = dots(starts_of(tokens, len(x)), tokens.int(), features.int(), x, cast(rows, x.dtype))
+        return tokens, features, values + bias.index_select(0, features)
 
     def _of_features(self, rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor | None:
         """(features, d + BESIDE) in bfloat16, which `_low_tokens` are multiplied by."""
@@ -84,7 +84,7 @@ class Signs:
         out = within(self._low_rows, m, d + BESIDE)
         low = out[:, :d].copy_(rows)
         size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING
-        above = bias - threshold + 2 * SUMMING * (d + BESIDE) * (bias.abs() + threshold.abs())
+        above = bias - threshold
         out[:, d] = _not_below(size)
         out[:, d + 1] = 0 if rows.dtype == torch.bfloat16 else _not_below((rows - low).norm(dim=1) + VANISHING)
         out[:, d + 2] = above
@@ -99,7 +99,7 @@ def _low_tokens(x: Tensor) -> Tensor | None:
     out = x.new_empty(n, d + BESIDE, dtype=torch.bfloat16)
     lost = (x - out[:, :d].copy_(x)).norm(dim=1) + VANISHING
     size = x.norm(dim=1) + lost
-    out[:, d] = _not_below(lost + 2 * SUMMING * (d + BESIDE) * size)
+    out[:, d] = _not_below(lost + 3 * SUMMING * (d + BESIDE) * size)
     out[:, d + 1] = _not_below(size)
     out[:, d + 2:] = 1
     return out if bool(size.isfinite().all()) else None

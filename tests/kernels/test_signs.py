@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import decoding, segments, signs, tiles
+from sae_hooks.kernels import decoding, screen, segments, signs, tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,31 +71,21 @@ def test_the_features_and_values_are_those_of_exact_products(used, dtype):
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_of_the_worst_kind_hides_no_feature(used, sign, dtype):
-    """Numbers half-way between two of bfloat16, all rounded in one direction, and a threshold just below the sum."""
-    d = 300
-    x = torch.full((3, d), 1 + 2.0**-8 - sign * 2.0**-20) * torch.tensor([[1.0], [2.0**10], [2.0**-10]])
-    W_rows = torch.full((5, d), 1 + 2.0**-8 - sign * 2.0**-20).to(dtype)
-    for bias in torch.tensor([[0.0, 1.0, -1e4, 77.7, 1e-3]]).T.expand(-1, 5):
-        pre = exact(x, W_rows, bias)
-        for token in range(3):
-            for size, count in ((-1e-5, 5), (1e-5, 0)):
-                threshold = (pre[token] + size * (pre[token].abs() + bias.abs())).float()
-                rows, _, values = kernels.find_above(x[token:token + 1].repeat(81, 1), W_rows, bias, threshold)
-                assert len(rows) == 81 * count
-                torch.testing.assert_close(values.double(), pre[token][:count].repeat(81), rtol=1e-5, atol=1e-5)
-    assert None not in used
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12])
-def test_numbers_whose_squares_vanish_are_found_too(used, scale):
-    x, W_rows, _, _ = parts_of()
-    bias = torch.zeros(70)
-    pre = exact(x * scale, W_rows, bias)
-    threshold = (pre.quantile(0.9, dim=0) * (1 + 1e-4)).float()
-    rows, columns, _ = kernels.find_above(x * scale, W_rows, bias, threshold)
-    assert torch.equal(torch.stack([rows, columns]), (pre > threshold).nonzero().T)
-    assert None not in used
+@pytest.mark.parametrize(("x_scale", "scale"), [(1, 1), (2.0**10, 1), (1, 2.0**-10), (2.0**-90, 1), (1, 2.0**-90)])
+def test_rounding_of_the_worst_kind_hides_no_feature(used, sign, dtype, x_scale, scale):
+    """Numbers half-way between two of bfloat16, all rounded in one direction, also such as have no squares in float32,
+    and a threshold just below the sum."""
+    number = 1 + 2.0**-8 - sign * 2.0**-20
+    for d in range(2, 80):  # each with a norm that rounds otherwise
+        x, rows = torch.full((1, d), number * x_scale), torch.full((1, d), number * scale).to(dtype)
+        for part in (0.0, 1.0, -1.0, 0.3):
+            bias = torch.tensor([part * d * x_scale * scale])
+            pre = exact(x, rows, bias)[0]
+            near = 1e-6 * (pre.abs() + bias.abs())
+            for threshold, count in ((pre - near, 1), (pre + near, 0)):
+                found = signs.Signs(400).candidates(x, rows, bias, threshold.float())
+                assert len(screen.decided(found, threshold.float())[0]) == count
+                assert ((found[2].double() - pre).abs() <= near).all()
 
 
 def test_thresholds_without_an_end_let_through_all_or_nothing(used):
@@ -139,14 +129,14 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
 def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
     x, W_rows, bias, threshold = parts_of()
     monkeypatch.setattr(signs, "MOST", 0.05)
-    screen = signs.Signs(400)
-    found = [screen.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
+    search = signs.Signs(400)
+    found = [search.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
     assert found == [None] * 40
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm, **out: products.append(1) or mm(*args, **out))
-    screen = signs.Signs(400)
+    search = signs.Signs(400)
     for _ in range(40):
-        screen.candidates(x, W_rows[:10], bias[:10], threshold[:10])
+        search.candidates(x, W_rows[:10], bias[:10], threshold[:10])
     assert len(products) == 3, "the first one, and one in sixteen"
     monkeypatch.setattr(signs, "PROBED", (1, 1))  # x[0], which is small, is above nowhere
     assert torch.equal(kernels.find_above(x, W_rows, bias, threshold)[1],
