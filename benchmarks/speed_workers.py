@@ -177,8 +177,8 @@ def memory(way: str, tensors: Tensors) -> dict[str, float]:
     """MiB at the peak of one call above what lay there before, less those of gradients."""
     import ctypes
 
-    few = {name: t[:256] if name in ("W_enc", "b_enc", "W_dec", "threshold") else t for name, t in tensors.items()}
-    measured(way, {**few, "x": few["x"][:64]})[0]()  # loads the code
+    few = {name: t[:2**13] if name in ("W_enc", "b_enc", "W_dec", "threshold") else t for name, t in tensors.items()}
+    measured(way, {**few, "x": few["x"][:512]})[0]()  # loads the code, also of a screen
     call, gradients = measured(way, tensors)
     del tensors
     ctypes.CDLL(None).malloc_trim(0)

@@ -23,8 +23,9 @@ BESIDE = 4  # columns beside those of the matrices
 VANISHING = 2.0**-50  # more than the length of a row whose numbers are taken for 0, or their squares are
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # whether there are instructions for it
 TOKENS, PAIRS, WIDTH = 512, 2**22, 256  # tokens, pairs, and numbers of a token, from which a CPU screens
-TILE, ROWS = 2**20, 2**21  # pairs, and numbers in rows, that it takes together
+TILE, ROWS = 3 * 2**18, 2**21  # pairs, and numbers in rows, that it takes together
 MOST = 0.04  # share of pairs up to which to compute those anew takes less long than the screen saves ...
+LOST_OF = 128  # rows whose loss is measured at once
 PROBED = 32, 512  # ... of which at most half are above, as so many tokens and features tell beforehand
 VAIN_IN = 16  # one tile in so many, and the first, may have more
 
@@ -86,7 +87,7 @@ class Signs:
         size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING
         above = bias - threshold
         out[:, d] = _not_below(size)
-        out[:, d + 1] = 0 if rows.dtype == torch.bfloat16 else _not_below((rows - low).norm(dim=1) + VANISHING)
+        out[:, d + 1] = 0 if rows.dtype == torch.bfloat16 else _not_below(_lost(rows, low))
         out[:, d + 2] = above
         rest = above - out[:, d + 2]
         out[:, d + 3] = torch.where(rest.isfinite(), _not_below(rest), 0)
@@ -97,12 +98,18 @@ def _low_tokens(x: Tensor) -> Tensor | None:
     """(tokens, d + BESIDE) in bfloat16, of x (tokens, d) in float32; None where some are not finite."""
     n, d = x.shape
     out = x.new_empty(n, d + BESIDE, dtype=torch.bfloat16)
-    lost = (x - out[:, :d].copy_(x)).norm(dim=1) + VANISHING
+    lost = _lost(x, out[:, :d].copy_(x))
     size = x.norm(dim=1) + lost
     out[:, d] = _not_below(lost + 3 * SUMMING * (d + BESIDE) * size)
     out[:, d + 1] = _not_below(size)
     out[:, d + 2:] = 1
     return out if bool(size.isfinite().all()) else None
+
+
+def _lost(rows: Tensor, low: Tensor) -> Tensor:
+    """The length of what each of some rows lost when it was rounded to low; some at a time, in the cache."""
+    parts = zip(rows.split(LOST_OF), low.split(LOST_OF), strict=True)
+    return torch.cat([(row - rounded).norm(dim=1) for row, rounded in parts]) + VANISHING
 
 
 def _not_below(numbers: Tensor) -> Tensor:

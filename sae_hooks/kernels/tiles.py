@@ -24,8 +24,9 @@ AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for t
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 GPU_LARGE = 2**26  # numbers in W_enc that a GPU reads for longer than it takes to look for the best way
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
-THIN = range(5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
-FEWEST = range(1, 4)  # ... and for these, which only read the rows, MKL from several places in them at a time:
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slower at a few tokens than it might be
+THIN = range(5, 129 if AVX512 else 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
+FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these, which only read the rows, MKL from several places in them:
 PLACES = 4  # a core reads half as quickly again as from one place
 MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs

@@ -16,7 +16,7 @@ FEATURES = (70, 72)  # the second can be read from four places
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was given to oneDNN, which takes whatever has as few tokens."""
+    """What was given to oneDNN, which takes whatever has as few tokens, on CPUs with AVX-512 and without as here."""
     seen = []
     plain = tiles.ONEDNN
 
@@ -25,6 +25,8 @@ def calls(monkeypatch):
         return plain(*args)
 
     monkeypatch.setattr(tiles, "LARGE", 0)
+    monkeypatch.setattr(tiles, "THIN", range(5, 65))
+    monkeypatch.setattr(tiles, "FEWEST", range(1, 4))
     if plain is not None:
         monkeypatch.setattr(tiles, "ONEDNN", noted)
     return seen
