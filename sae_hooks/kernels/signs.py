@@ -16,7 +16,7 @@ from torch import Tensor
 from .screen import ROUNDING, SUMMING
 from .search import count, exceeding, marked
 from .segments import dots, starts_of
-from .tiles import CPU_TOKENS, affine, cast, is_untraced, within
+from .tiles import CPU_TOKENS, affine, cast, is_untraced, slices, within
 from .triplets import Triplets
 
 BESIDE = 4  # columns beside those of the matrices
@@ -108,8 +108,7 @@ def _low_tokens(x: Tensor) -> Tensor | None:
 
 def _lost(rows: Tensor, low: Tensor) -> Tensor:
     """The length of what each of some rows lost when it was rounded to low; some at a time, in the cache."""
-    parts = zip(rows.split(LOST_OF), low.split(LOST_OF), strict=True)
-    return torch.cat([(row - rounded).norm(dim=1) for row, rounded in parts]) + VANISHING
+    return torch.cat([(rows[i] - low[i]).norm(dim=1) for i in slices(len(rows), LOST_OF)]) + VANISHING
 
 
 def _not_below(numbers: Tensor) -> Tensor:
