@@ -69,20 +69,26 @@ def find_above(
     if is_one_tile(x, W_rows):
         return _in_tile(x, W_rows, bias, threshold, multiply)()
     signs = signs_for(x, W_rows, bias, threshold) if multiply is None else None
-    search = partial(_in_tile, multiply=multiply, room=room_for_tiles(x, W_rows, bias), signs=signs)
-    return _in_tiles(x, W_rows, bias, threshold, search)
+    most = None if signs is None else signs.most
+    search = partial(_in_tile, multiply=multiply, room=room_for_tiles(x, W_rows, bias, most), signs=signs)
+    return _in_tiles(x, W_rows, bias, threshold, search, most)
 
 
 def _in_tiles(
-    x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, search: Callable[..., Callable[[], Triplets]]
+    x: Tensor,
+    W_rows: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    search: Callable[..., Callable[[], Triplets]],
+    most: int | None = None,
 ) -> Triplets:
-    """What a search gives that is begun in one tile after the other."""
+    """What a search gives that is begun in one tile, of at most so many pairs, after the other."""
     found, ahead = [], not is_one_tile(x, W_rows)
 
     def begun(part: Tensor, f: slice) -> Callable[[], Triplets]:
         return search(part, W_rows[f], bias[f], threshold[f], ahead=ahead)
 
-    for t, of_tokens in by_tokens(x, W_rows, begun):
+    for t, of_tokens in by_tokens(x, W_rows, begun, most):
         parts = [moved(listed(), 0, f.start) for _, f, listed in of_tokens]
         found.append(moved(by_row(parts, t.stop - t.start, bias), t.start, 0))
     return joined(found, bias)

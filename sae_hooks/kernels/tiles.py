@@ -73,9 +73,10 @@ def _most_tokens(x: Tensor, rows: Tensor) -> int:
     return min(max(GPU_SIZE // max(len(rows), 1), GPU_LEAST), GPU_TOKENS) if rows.dtype in HALVES else GPU_TOKENS
 
 
-def feature_tiles(x: Tensor, d_sae: int) -> Iterator[slice]:
-    """The features that are taken together for a tile of tokens x (n, d_in)."""
-    return slices(d_sae, (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE) // max(len(x), 1))
+def feature_tiles(x: Tensor, d_sae: int, most: int | None = None) -> Iterator[slice]:
+    """The features that are taken together for a tile of tokens x (n, d_in): most pairs, or as many as is usual."""
+    most = most or (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE)
+    return slices(d_sae, most // max(len(x), 1))
 
 
 def has_all_features(x: Tensor, rows: Tensor) -> bool:
@@ -89,12 +90,12 @@ def is_one_tile(x: Tensor, rows: Tensor) -> bool:
 
 
 def by_tokens(
-    x: Tensor, W_rows: Tensor, begun: Callable[[Tensor, slice], T]
+    x: Tensor, W_rows: Tensor, begun: Callable[[Tensor, slice], T], most: int | None = None
 ) -> Iterator[tuple[slice, Iterator[tuple[slice, slice, T]]]]:
     """(tokens, tiles of theirs), each tile (tokens, features, what begun(x[tokens], features) gave), where x[tokens]
-    is the same tensor for all of them."""
+    is the same tensor for all of them. most: pairs of a tile, as `feature_tiles` has it."""
     parts = ((t, x[t]) for t in token_tiles(x, W_rows))
-    tiles = ((t, f, begun(part, f)) for t, part in parts for f in feature_tiles(part, len(W_rows)))
+    tiles = ((t, f, begun(part, f)) for t, part in parts for f in feature_tiles(part, len(W_rows), most))
     return groupby(one_ahead(tiles), lambda tile: tile[0])
 
 
@@ -124,10 +125,10 @@ def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
     return not wants_gradient(x, W_rows, bias) and all(map(is_bare, (x, W_rows, bias)))
 
 
-def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor | None:
+def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor, most: int | None = None) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
-    None where somebody must know of each tile."""
-    return bias.new_empty(CPU_SIZE) if x.is_cpu and is_untraced(x, W_rows, bias) else None
+    None where somebody must know of each tile. most: as `feature_tiles` has it."""
+    return bias.new_empty(most or CPU_SIZE) if x.is_cpu and is_untraced(x, W_rows, bias) else None
 
 
 def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:

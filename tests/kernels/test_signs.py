@@ -14,7 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def used(monkeypatch):
     """Screens whatever it can, in tiles of 400 pairs; what is returned gets the number of candidates of each tile, or
     None."""
-    for name, value in {"HAS_BFLOAT16": True, "TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0}.items():
+    for name, value in {"HAS_BFLOAT16": True, "TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0,
+                        "TILE": 400}.items():
         monkeypatch.setattr(signs, name, value)
     monkeypatch.setattr(segments, "TRITON_ON", ())
     monkeypatch.setattr(decoding, "SMALL", 0)
@@ -82,7 +83,7 @@ def test_rounding_of_the_worst_kind_hides_no_feature(used, sign, dtype, x_scale,
             pre = exact(x, rows, bias)[0]
             near = 1e-6 * (pre.abs() + bias.abs())
             for threshold, count in ((pre - near, 1), (pre + near, 0)):
-                found = signs.Signs().candidates(x, rows, bias, threshold.float())
+                found = signs.Signs(400).candidates(x, rows, bias, threshold.float())
                 assert len(screen.decided(found, threshold.float())[0]) == count
                 assert ((found[2].double() - pre).abs() <= near).all()
 
@@ -128,12 +129,12 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
 def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
     x, W_rows, bias, threshold = parts_of()
     monkeypatch.setattr(signs, "MOST", 0.05)
-    search = signs.Signs()
+    search = signs.Signs(400)
     found = [search.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
     assert found == [None] * 40
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm, **out: products.append(1) or mm(*args, **out))
-    search = signs.Signs()
+    search = signs.Signs(400)
     for _ in range(40):
         search.candidates(x, W_rows[:10], bias[:10], threshold[:10])
     assert len(products) == 3, "the first one, and one in sixteen"

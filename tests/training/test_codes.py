@@ -81,7 +81,7 @@ def test_gradients_are_summed_from_narrow_rows_where_they_are_read_so() -> None:
 
 
 def test_a_step_with_a_screen_is_the_step_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0}.items():
+    for name, value in {"TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0, "TILE": 400}.items():
         monkeypatch.setattr(signs, name, value)
     monkeypatch.setattr(tiles, "CPU_SIZE", 400)
     tried: list[int] = []
