@@ -105,13 +105,12 @@ def _reconstruct_in_tiles(
 ) -> Tensor:
     """`reconstruct` of some tokens and features after the other."""
     out, signs = b_dec + _nothing(x, b_dec.dtype), signs_for(x, W_rows, bias, threshold)
-    most = None if signs is None else signs.most
-    room = room_for_tiles(x, W_rows, bias, most)
+    room = room_for_tiles(x, W_rows, bias)
 
     def begun(part: Tensor, f: slice) -> Callable[[], Triplets | Tensor]:
         return _sparse_or_dense(part, W_rows[f], bias[f], threshold[f], room, signs, ahead=True)
 
-    for t, of_tokens in by_tokens(x, W_rows, begun, most):
+    for t, of_tokens in by_tokens(x, W_rows, begun):
         sparse = []
         for _, f, found in of_tokens:
             part = found()

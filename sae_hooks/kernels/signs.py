@@ -1,5 +1,5 @@
 """What is above a threshold, decided in float32 at the speed of bfloat16 products, for CPUs that have instructions for
-them, which make those more than twice as quickly as exact ones.
+them.
 
 As in screen.py a product of rounded matrices says which pairs may be above, by a bound, and only those are computed
 anew. But here it is rounded to bfloat16 itself, and a pass over it in float32 would cost a good part of what it saves.
@@ -23,11 +23,11 @@ BESIDE = 4  # columns beside those of the matrices
 VANISHING = 2.0**-50  # more than the length of a row whose numbers are taken for 0, or their squares are
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # whether there are instructions for it
 TOKENS, PAIRS, WIDTH = 512, 2**22, 256  # tokens, pairs, and numbers of a token, from which a CPU screens
-TILE, ROWS = 3 * 2**18, 2**21  # pairs, and numbers in rows, that it takes together
+TILE, ROWS = 3 * 2**18, 2**21  # pairs, and numbers in rows, that it takes together, where memory is no matter
 MOST = 0.04  # share of pairs up to which to compute those anew takes less long than the screen saves ...
-LOST_OF = 128  # rows whose loss is measured at once
 PROBED = 32, 512  # ... of which at most half are above, as so many tokens and features tell beforehand
 VAIN_IN = 16  # one tile in so many, and the first, may have more
+LOST_OF = 128  # rows whose rounding is measured at once
 
 
 def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs | None:
@@ -49,7 +49,7 @@ class Signs:
     """Finds what is above in one tile after the other."""
 
     def __init__(self, most: int) -> None:
-        self.most = most  # pairs of a tile
+        self.most = most  # pairs of a tile, if it may be larger than usual
         self._tiles = self._vain = 0
         self._tokens: tuple[Tensor, Tensor | None] | None = None  # the last ones, and what was made of them
         self._low_rows = self._sums = torch.empty(0, dtype=torch.bfloat16)  # memory for one tile after the other
