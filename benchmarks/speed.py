@@ -22,7 +22,7 @@ peers   encoding to the sparse form, splicing 2,048 tokens and few, each way in 
         "/ours": over ours with the same gate. Peers' dense features are given to_sparse_csr(); sparsify's own are
         sparse. And the memory of a splice and of a training step.
 memory  MiB that a process has at its peak above parameters, activations and, in the training step, gradients, which
-        count as parameters. Without Adam, which makes no buffers.
+        count as parameters. Without Adam, which makes no buffers. The code that a first call loads does not count.
 sweep   ours/dense over sizes and shares of active features; what is above 1.05 is measured again, three times as
         long, and listed if it stays so. Training: objective and backward, beside plain dense autograd.
 """

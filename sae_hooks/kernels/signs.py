@@ -31,8 +31,8 @@ LOST_OF = 128  # rows whose rounding is measured at once
 
 
 def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs | None:
-    """What finds the features (rows) of x by signs, where that pays: on a CPU, of many float32 activations, no
-    gradients wanted."""
+    """What finds the features of x (n, d) by signs, rows (m, d), bias and threshold (m), where that pays: on a CPU, of
+    many float32 activations, no gradients wanted."""
     if not (HAS_BFLOAT16 and x.is_cpu and torch.backends.mkldnn.enabled) or x.dtype != torch.float32:
         return None
     n, m = len(x), len(rows)

@@ -14,9 +14,9 @@ BY_ONEDNN, BY_MKL = (5, 16, 64), (1, 2, 3, 4, 65, 128, 129)
 FEATURES = (70, 72)  # the second can be read from four places
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """What was given to oneDNN, which takes whatever has as few tokens, on CPUs with AVX-512 and without as here."""
+@pytest.fixture(params=[(range(5, 65), range(1, 4)), (range(5, 129), range(1, 5))], ids=["AVX2", "AVX-512"])
+def calls(monkeypatch, request):
+    """What was given to oneDNN, which takes whatever has as few tokens; of the ranges that CPUs have."""
     seen = []
     plain = tiles.ONEDNN
 
@@ -25,8 +25,8 @@ def calls(monkeypatch):
         return plain(*args)
 
     monkeypatch.setattr(tiles, "LARGE", 0)
-    monkeypatch.setattr(tiles, "THIN", range(5, 65))
-    monkeypatch.setattr(tiles, "FEWEST", range(1, 4))
+    monkeypatch.setattr(tiles, "THIN", request.param[0])
+    monkeypatch.setattr(tiles, "FEWEST", request.param[1])
     if plain is not None:
         monkeypatch.setattr(tiles, "ONEDNN", noted)
     return seen
@@ -63,8 +63,8 @@ def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
     got = kernels.linear(*parts(n, m=m))
     torch.testing.assert_close(got, product(*parts(n, m=m)), rtol=0, atol=2e-5)
     assert got.is_contiguous()
-    assert len(calls) == (n in BY_ONEDNN)
-    assert places == ([(n, m)] if n < 4 and m == 72 else [])
+    assert len(calls) == (n in tiles.THIN)
+    assert places == ([(n, m)] if n in tiles.FEWEST and m == 72 else [])
 
 
 @needs_onednn
@@ -118,8 +118,8 @@ def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     assert not places
     with torch.no_grad():
         kernels.linear(*ours)
-    assert len(calls) == (n in BY_ONEDNN and tiles.ONEDNN is not None)
-    assert len(places) == (n < 4 and tiles.MKL)
+    assert len(calls) == (n in tiles.THIN and tiles.ONEDNN is not None)
+    assert len(places) == (n in tiles.FEWEST and tiles.MKL)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import

@@ -6,6 +6,8 @@ import torch
 from sae_hooks import kernels
 from sae_hooks.kernels import decoding, encoding, screen, segments, tiles
 
+from .screen_cases import exact, parts_of
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,19 +21,6 @@ def on_cpus(request, monkeypatch):
     monkeypatch.setattr(screen, "SCREEN_FROM", 1)
     monkeypatch.setattr(segments, "TRITON_ON", request.param)
     monkeypatch.setattr(decoding, "SMALL", 0)
-
-
-def parts_of(dtype=torch.float32, n=24, d=33, d_sae=70):
-    """x, W_rows, bias, threshold: about a tenth is active."""
-    random = torch.Generator().manual_seed(0)
-    x, W_rows, bias = (torch.randn(shape, generator=random) for shape in ((n, d), (d_sae, d), (d_sae,)))
-    x *= torch.logspace(-2, 3, n)[:, None]  # tokens of very different norms, as a model's first one
-    threshold = exact(x, W_rows.to(dtype), bias).quantile(0.9, dim=0).float()
-    return x, W_rows.to(dtype), bias, threshold
-
-
-def exact(x, W_rows, bias):
-    return x.double() @ W_rows.double().T + bias.double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,8 @@ import torch
 from sae_hooks import SAE, kernels
 from sae_hooks.kernels import decoding, screen, segments, signs, tiles
 
+from .screen_cases import exact, parts_of
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -14,8 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def used(monkeypatch):
     """Screens whatever it can, in tiles of 400 pairs; what is returned gets the number of candidates of each tile, or
     None."""
-    for name, value in {"HAS_BFLOAT16": True, "TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0,
-                        "TILE": 400}.items():
+    for name, value in {"HAS_BFLOAT16": True, "TOKENS": 1, "PAIRS": 0, "WIDTH": 1, "MOST": 2.0, "TILE": 400}.items():
         monkeypatch.setattr(signs, name, value)
     monkeypatch.setattr(segments, "TRITON_ON", ())
     monkeypatch.setattr(decoding, "SMALL", 0)
@@ -31,19 +32,6 @@ def used(monkeypatch):
     return counts
 
 
-def parts_of(dtype=torch.float32, n=40, d=33, d_sae=70):
-    """x, W_rows, bias, threshold: about a tenth is active."""
-    random = torch.Generator().manual_seed(0)
-    x, W_rows, bias = (torch.randn(shape, generator=random) for shape in ((n, d), (d_sae, d), (d_sae,)))
-    x *= torch.logspace(-2, 3, n)[:, None]  # tokens of very different norms, as a model's first one
-    threshold = exact(x, W_rows.to(dtype), bias).quantile(0.9, dim=0).float()
-    return x, W_rows.to(dtype), bias, threshold
-
-
-def exact(x, W_rows, bias):
-    return x.double() @ W_rows.double().T + bias.double()
-
-
 def plainly(monkeypatch, function, *args):
     """What a function gives without the signs."""
     with monkeypatch.context() as patch:
@@ -53,7 +41,7 @@ def plainly(monkeypatch, function, *args):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_features_and_values_are_those_of_exact_products(used, dtype):
-    x, W_rows, bias, threshold = parts_of(dtype)
+    x, W_rows, bias, threshold = parts_of(dtype, n=40)
     pre = exact(x, W_rows, bias)
     rows, columns, values = kernels.find_above(x, W_rows, bias, threshold)
     assert len(used) == 7
@@ -88,8 +76,16 @@ def test_rounding_of_the_worst_kind_hides_no_feature(used, sign, dtype, x_scale,
                 assert ((found[2].double() - pre).abs() <= near).all()
 
 
+def test_what_sums_in_float32_lose_hides_no_feature():
+    """Ones that vanish beside a large number, which goes again; all of them numbers of bfloat16."""
+    x, rows, bias = torch.ones(1, 302), torch.ones(1, 302), torch.zeros(1)
+    x[0, 0], x[0, -1] = 2.0**24, -(2.0**24)
+    found = signs.Signs(400).candidates(x, rows, bias, torch.tensor([299.5]))
+    assert len(found[0]) == 1
+
+
 def test_thresholds_without_an_end_let_through_all_or_nothing(used):
-    x, W_rows, bias, threshold = parts_of()
+    x, W_rows, bias, threshold = parts_of(n=40)
     threshold[:20], threshold[20:40] = torch.inf, -torch.inf
     _, columns, _ = kernels.find_above(x, W_rows, bias, threshold)
     counts = torch.bincount(columns, minlength=70)
@@ -101,7 +97,7 @@ def test_thresholds_without_an_end_let_through_all_or_nothing(used):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38, 1e30])
 @pytest.mark.parametrize("where", ["token", "row"])
 def test_what_is_not_finite_or_not_measured_is_left_to_the_exact_product(used, monkeypatch, bad, where):
-    x, W_rows, bias, threshold = parts_of()
+    x, W_rows, bias, threshold = parts_of(n=40)
     (x if where == "token" else W_rows)[1, 2] = bad
     ours = kernels.find_above(x, W_rows, bias, threshold)
     assert None in used
@@ -113,7 +109,7 @@ def test_what_is_not_finite_or_not_measured_is_left_to_the_exact_product(used, m
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch, dtype):
-    x, W_rows, bias, threshold = parts_of(dtype)
+    x, W_rows, bias, threshold = parts_of(dtype, n=40)
     sae = SAE(W_rows.T, bias, torch.randn(70, 20).to(dtype), torch.randn(20), threshold=threshold)
     x[3, 4] = torch.nan
     monkeypatch.setattr(tiles, "CPU_TOKENS", 10)  # the others are screened
@@ -127,7 +123,7 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
 
 
 def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
-    x, W_rows, bias, threshold = parts_of()
+    x, W_rows, bias, threshold = parts_of(n=40)
     monkeypatch.setattr(signs, "MOST", 0.05)
     search = signs.Signs(400)
     found = [search.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
@@ -144,7 +140,7 @@ def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
 
 
 def test_it_is_left_alone_where_it_does_not_pay_or_may_not_be(monkeypatch):
-    x, W_rows, bias, threshold = parts_of()
+    x, W_rows, bias, threshold = parts_of(n=40)
     assert signs.signs_for(x, W_rows, bias, threshold) is not None
     assert signs.signs_for(x.double(), W_rows.double(), bias.double(), threshold.double()) is None
     assert signs.signs_for(x.clone().requires_grad_(), W_rows, bias, threshold) is None
@@ -158,7 +154,7 @@ def test_it_is_left_alone_where_it_does_not_pay_or_may_not_be(monkeypatch):
 
 
 def test_autocast_changes_nothing_and_gradients_go_around_it(used):
-    x, W_rows, bias, threshold = parts_of()
+    x, W_rows, bias, threshold = parts_of(n=40)
     plain = kernels.find_above(x, W_rows, bias, threshold)
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
