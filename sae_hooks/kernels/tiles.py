@@ -6,6 +6,7 @@ half-precision matrix products are 5 to 14 times slower than float32 on CPUs wit
 halves by halves as they are, which is exact, and sum in float32. torch.autocast changes nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TypeVar
@@ -21,15 +22,16 @@ GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, an
 GPU_LEAST = 512  # tokens from which it takes a GPU no longer to read rows of half precision than to multiply by them
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for the best way is not worth it
-LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 GPU_LARGE = 2**26  # numbers in W_enc that a GPU reads for longer than it takes to look for the best way
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slower than it might be
+LARGE = 3 * 2**20 if AVX512 else 2**21  # numbers in rows from which it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slower at a few tokens than it might be
 THIN = range(5, 129 if AVX512 else 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
 FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these, which only read the rows, MKL from several places in them:
 PLACES = 4  # a core reads half as quickly again as from one place
+MUCH = 2**23 if AVX512 else math.inf  # multiplications from which oneDNN takes no longer than MKL
 MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-ONEDNN: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # in most builds for CPUs
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # most builds for CPUs do
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
@@ -165,6 +167,8 @@ def affine(
         rows = rows.to(x.dtype)
     if rows.numel() >= LARGE and 0 < len(x) <= FEW and x.is_cpu:
         return affine_of_few(x, rows, bias)
+    if is_much(x, rows) and takes_onednn(x, rows) and is_untraced(x, rows, bias):
+        return by_onednn(x.contiguous(), rows, bias.contiguous())
     if room is not None:
         return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
     return F.linear(x, rows, bias)
@@ -216,15 +220,32 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
 
 def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """affine of few tokens and many numbers in rows, on a CPU."""
-    n = len(x)
+    n, x = len(x), x.contiguous()  # products of what is laid out otherwise take up to hundreds of times as long
     if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the second has none
         if n in FEWEST and len(rows) % PLACES == 0 and MKL:
             return affine_from_places(x, rows, bias)
-        if n in THIN and x.dtype == torch.float32 and ONEDNN is not None and torch.backends.mkldnn.enabled:
-            return ONEDNN(rows, x, None, "none", [], "").add_(bias[:, None]).T.contiguous()
+        if n in THIN and takes_onednn(x, rows):
+            return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
     if n > 1 and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
     return F.linear(x, rows, bias)
+
+
+def is_much(x: Tensor, rows: Tensor) -> bool:
+    """Whether x @ rows.T is so much that oneDNN is the quicker one on a CPU, and not what `at_once` leaves to MKL."""
+    return len(x) * rows.numel() >= MUCH and len(x) * len(rows) > AT_ONCE and x.is_cpu
+
+
+def takes_onednn(x: Tensor, rows: Tensor) -> bool:
+    """Whether oneDNN may multiply these on a CPU: rows in another layout take it a hundred times as long."""
+    is_there = HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
+    return is_there and x.dtype == torch.float32 and rows.is_contiguous()
+
+
+def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ rows.T + bias, each in one piece."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
+    return product
 
 
 def affine_from_places(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ def test_it_is_the_product_of_the_long_way_bit_for_bit(n, dtype):
     assert torch.equal(kernels.at_once(x, W_enc, bias), kernels.linear(x, W_enc.T, bias))
 
 
+def test_it_is_so_where_many_multiplications_are_left_to_others(monkeypatch):
+    monkeypatch.setattr(tiles, "MUCH", 0)
+    x, W_enc, bias = parts(64, d_in=500, d_sae=256)
+    assert torch.equal(kernels.at_once(x, W_enc, bias), kernels.linear(x, W_enc.T, bias))
+
+
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_what_it_decodes_is_what_the_long_way_decodes(n):
     acts, W_dec, b_dec = parts(n)

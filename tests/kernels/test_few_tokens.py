@@ -1,5 +1,7 @@
-"""Few tokens on a CPU: whoever multiplies, and from whichever side, it is the product; and rows of half precision are
-widened some at a time."""
+"""Products on a CPU, of few tokens above all: whoever multiplies, and from whichever side, it is the product; and rows
+of half precision are widened some at a time."""
+
+import math
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.func import jvp, vmap
 from sae_hooks import kernels
 from sae_hooks.kernels import tiles
 
-needs_onednn = pytest.mark.skipif(tiles.ONEDNN is None, reason="this build of torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not tiles.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 needs_mkl = pytest.mark.skipif(not tiles.MKL, reason="this build of torch has no MKL")
 BY_ONEDNN, BY_MKL = (5, 16, 64), (1, 2, 3, 4, 65, 128, 129)
 FEATURES = (70, 72)  # the second can be read from four places
@@ -17,8 +19,7 @@ FEATURES = (70, 72)  # the second can be read from four places
 @pytest.fixture(params=[(range(5, 65), range(1, 4)), (range(5, 129), range(1, 5))], ids=["AVX2", "AVX-512"])
 def calls(monkeypatch, request):
     """What was given to oneDNN, which takes whatever has as few tokens; of the ranges that CPUs have."""
-    seen = []
-    plain = tiles.ONEDNN
+    seen, plain = [], tiles.by_onednn
 
     def noted(*args):
         seen.append(args)
@@ -27,8 +28,8 @@ def calls(monkeypatch, request):
     monkeypatch.setattr(tiles, "LARGE", 0)
     monkeypatch.setattr(tiles, "THIN", request.param[0])
     monkeypatch.setattr(tiles, "FEWEST", request.param[1])
-    if plain is not None:
-        monkeypatch.setattr(tiles, "ONEDNN", noted)
+    monkeypatch.setattr(tiles, "MUCH", math.inf)
+    monkeypatch.setattr(tiles, "by_onednn", noted)
     return seen
 
 
@@ -44,11 +45,11 @@ def product(x, rows, bias):
 
 @pytest.fixture
 def places(monkeypatch):
-    """The tokens and rows that were given to the product that reads from several places."""
+    """What was given to the product that reads from several places."""
     seen, plain = [], tiles.affine_from_places
 
     def noted(x, rows, bias):
-        seen.append((len(x), len(rows)))
+        seen.append((x, rows, bias))
         return plain(x, rows, bias)
 
     monkeypatch.setattr(tiles, "affine_from_places", noted)
@@ -64,7 +65,7 @@ def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
     torch.testing.assert_close(got, product(*parts(n, m=m)), rtol=0, atol=2e-5)
     assert got.is_contiguous()
     assert len(calls) == (n in tiles.THIN)
-    assert places == ([(n, m)] if n in tiles.FEWEST and m == 72 else [])
+    assert len(places) == (n in tiles.FEWEST and m == 72)
 
 
 @needs_onednn
@@ -79,19 +80,46 @@ def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
     for n in (1, 8):
         kernels.linear(*parts(n, m=72))
     assert len(calls) == 1
-    assert places == [(1, 72)]
+    assert [len(x) for x, *_ in places] == [1]
 
 
 @pytest.mark.parametrize("n", BY_ONEDNN + BY_MKL)
 @pytest.mark.parametrize("m", FEATURES)
-def test_layouts_make_no_difference(calls, n, m):
+@pytest.mark.parametrize("much", [math.inf, 0])
+def test_layouts_make_no_difference(calls, places, n, m, much, monkeypatch):
+    """And no product is given what it takes hundreds of times as long for."""
+    monkeypatch.setattr(tiles, "MUCH", much)
+    monkeypatch.setattr(tiles, "AT_ONCE", 0)
     x, rows, bias = parts(n, m=m)
     wide = torch.zeros(48, 2 * n)
     wide[:, ::2] = x.T
     biases = torch.stack([bias] * 2, dim=1)[:, 0]
-    for laid_out in (rows.T.contiguous().T, torch.cat([rows] * 2)[::2].copy_(rows)):
-        got = kernels.linear(wide.T[::2], laid_out, biases)
-        torch.testing.assert_close(got, product(x, rows, bias), rtol=0, atol=2e-5)
+    for tokens in (wide.T[::2], x.T.contiguous().T, torch.stack([x] * 3, dim=1)[:, -1]):
+        for laid_out in (rows, rows.T.contiguous().T, torch.cat([rows] * 2)[::2].copy_(rows)):
+            got = kernels.linear(tokens, laid_out, biases)
+            torch.testing.assert_close(got, product(x, rows, bias), rtol=0, atol=2e-5)
+    assert all(left.is_contiguous() for left, _, _ in calls + places)
+    assert all(right.is_contiguous() for _, right, _ in calls)
+
+
+@needs_onednn
+@pytest.mark.parametrize("n", [130, 200])
+def test_many_multiplications_are_left_to_onednn_where_it_is_the_quicker_one(calls, n, monkeypatch):
+    x, rows, bias = parts(n)
+    monkeypatch.setattr(tiles, "MUCH", n * 70 * 48)
+    monkeypatch.setattr(tiles, "AT_ONCE", n * 70 - 1)
+    assert kernels.at_once(x, rows.T, bias) is None
+    torch.testing.assert_close(kernels.linear(x, rows, bias), product(x, rows, bias), rtol=0, atol=2e-5)
+    (given,) = calls
+    assert all(mine is theirs for mine, theirs in zip(given, (x, rows, bias), strict=True))
+    for more in ({"MUCH": n * 70 * 48 + 1}, {"AT_ONCE": n * 70}):
+        with monkeypatch.context() as limits:
+            for name, value in more.items():
+                limits.setattr(tiles, name, value)
+            kernels.linear(x, rows, bias)
+    kernels.linear(x.requires_grad_(), rows, bias)
+    kernels.linear(x.detach().double(), rows.double(), bias.double())
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 16, 64])
@@ -118,7 +146,7 @@ def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     assert not places
     with torch.no_grad():
         kernels.linear(*ours)
-    assert len(calls) == (n in tiles.THIN and tiles.ONEDNN is not None)
+    assert len(calls) == (n in tiles.THIN and tiles.HAS_ONEDNN)
     assert len(places) == (n in tiles.FEWEST and tiles.MKL)
 
 
@@ -169,7 +197,7 @@ def test_without_onednn_or_where_it_is_turned_off_it_is_the_product(calls, n, mo
     with monkeypatch.context() as turned_off:
         turned_off.setattr(torch.backends.mkldnn, "enabled", False)
         torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
-    monkeypatch.setattr(tiles, "ONEDNN", None)
+    monkeypatch.setattr(tiles, "HAS_ONEDNN", False)
     torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
     assert not calls
 
