@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import Triplets, dots, find_above, stable_order, starts_of, triton_for, weighted_sums
+from sae_hooks.kernels import Triplets, affine, dots, find_above, stable_order, starts_of, triton_for, weighted_sums
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -228,7 +228,7 @@ def _multiplied_in(x: Tensor) -> torch.dtype | None:
 def _product(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
     """x @ W_enc + bias: multiplied in bfloat16 under autocast, but added to and compared in x's own precision."""
     if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, W_enc.t(), bias)
+        return affine(x, W_enc.t(), bias)
     return F.linear(x, W_enc.t()).to(x.dtype) + bias
 
 

@@ -17,7 +17,7 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import at_once, cast, is_bare, linear, slices, wide
+from .tiles import affine, at_once, cast, is_bare, linear, slices, wide
 from .triplets import Csr, Triplets, compressed
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Triplets",
     "above",
     "adam_rows",
+    "affine",
     "at_once",
     "cast",
     "compressed",
