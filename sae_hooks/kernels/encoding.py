@@ -12,6 +12,7 @@ from .search import above, exceeding, gated, largest, marked
 from .segments import triton_for
 from .signs import Signs, signs_for
 from .tiles import (
+    Most,
     affine,
     affine_tiles,
     by_tokens,
@@ -80,9 +81,9 @@ def _in_tiles(
     bias: Tensor,
     threshold: Tensor,
     search: Callable[..., Callable[[], Triplets]],
-    most: int | None = None,
+    most: Most | None = None,
 ) -> Triplets:
-    """What a search gives that is begun in one tile, of at most so many pairs, after the other."""
+    """What a search gives that is begun in one tile, with at most so much, after the other."""
     found, ahead = [], not is_one_tile(x, W_rows)
 
     def begun(part: Tensor, f: slice) -> Callable[[], Triplets]:

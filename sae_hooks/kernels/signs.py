@@ -16,14 +16,14 @@ from torch import Tensor
 from .screen import ROUNDING, SUMMING
 from .search import count, exceeding, marked
 from .segments import dots, starts_of
-from .tiles import CPU_TOKENS, affine, cast, is_untraced, slices, within
+from .tiles import Most, affine, cast, is_untraced, slices, within
 from .triplets import Triplets
 
 BESIDE = 4  # columns beside those of the matrices
 VANISHING = 2.0**-50  # more than the length of a row whose numbers are taken for 0, or their squares are
 HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # whether there are instructions for it
 TOKENS, PAIRS, WIDTH = 512, 2**22, 256  # tokens, pairs, and numbers of a token, from which a CPU screens
-TILE, ROWS = 3 * 2**18, 2**21  # pairs, and numbers in rows, that it takes together, where memory is no matter
+TOGETHER, TILE, ROWS = 2048, 3 * 2**19, 2**21  # tokens, pairs, numbers in rows that it takes, where memory is no matter
 MOST = 0.04  # share of pairs up to which to compute those anew takes less long than the screen saves ...
 PROBED = 32, 512  # ... of which at most half are above, as so many tokens and features tell beforehand
 VAIN_IN = 16  # one tile in so many, and the first, may have more
@@ -42,14 +42,14 @@ def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs
     pre = affine(x[some], rows[which], bias[which])
     if count(pre > threshold[which]) > MOST / 2 * pre.numel():
         return None
-    return Signs(min(TILE, min(n, CPU_TOKENS) * max(ROWS // x.shape[1], 1)))
+    return Signs(Most(TOGETHER, min(TILE, min(n, TOGETHER) * max(ROWS // x.shape[1], 1))))
 
 
 class Signs:
     """Finds what is above in one tile after the other."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most  # pairs of a tile, if it may be larger than usual
+    def __init__(self, most: Most) -> None:
+        self.most = most  # of a tile, if it may be larger than usual
         self._tiles = self._vain = 0
         self._tokens: tuple[Tensor, Tensor | None] | None = None  # the last ones, and what was made of them
         self._low_rows = self._sums = torch.empty(0, dtype=torch.bfloat16)  # memory for one tile after the other

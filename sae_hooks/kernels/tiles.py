@@ -9,7 +9,7 @@ halves by halves as they are, which is exact, and sum in float32. torch.autocast
 import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # most builds for CPUs do
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
+
+
+class Most(NamedTuple):
+    """What is taken together, at most: tokens, and pairs (token, feature)."""
+
+    tokens: int
+    pairs: int
 
 
 def wide(x: Tensor, weights: Tensor) -> torch.dtype:
@@ -63,9 +70,9 @@ def slices(length: int, most: int) -> Iterator[slice]:
     return (slice(length * i // count, length * (i + 1) // count) for i in range(count))
 
 
-def token_tiles(x: Tensor, rows: Tensor) -> Iterator[slice]:
-    """The tokens of x (n, d_in) that are taken together."""
-    return slices(len(x), _most_tokens(x, rows))
+def token_tiles(x: Tensor, rows: Tensor, most: Most | None = None) -> Iterator[slice]:
+    """The tokens of x (n, d_in) that are taken together; most: at most so many, if not as usual."""
+    return slices(len(x), _most_tokens(x, rows) if most is None else most.tokens)
 
 
 def _most_tokens(x: Tensor, rows: Tensor) -> int:
@@ -75,10 +82,10 @@ def _most_tokens(x: Tensor, rows: Tensor) -> int:
     return min(max(GPU_SIZE // max(len(rows), 1), GPU_LEAST), GPU_TOKENS) if rows.dtype in HALVES else GPU_TOKENS
 
 
-def feature_tiles(x: Tensor, d_sae: int, most: int | None = None) -> Iterator[slice]:
-    """The features that are taken together for a tile of tokens x (n, d_in): most pairs, or as many as is usual."""
-    most = most or (CPU_SIZE if x.device.type == "cpu" else GPU_SIZE)
-    return slices(d_sae, most // max(len(x), 1))
+def feature_tiles(x: Tensor, d_sae: int, most: Most | None = None) -> Iterator[slice]:
+    """The features that are taken together for a tile of tokens x (n, d_in); most: as `token_tiles` has it."""
+    pairs = (CPU_SIZE if x.is_cpu else GPU_SIZE) if most is None else most.pairs
+    return slices(d_sae, pairs // max(len(x), 1))
 
 
 def has_all_features(x: Tensor, rows: Tensor) -> bool:
@@ -92,11 +99,11 @@ def is_one_tile(x: Tensor, rows: Tensor) -> bool:
 
 
 def by_tokens(
-    x: Tensor, W_rows: Tensor, begun: Callable[[Tensor, slice], T], most: int | None = None
+    x: Tensor, W_rows: Tensor, begun: Callable[[Tensor, slice], T], most: Most | None = None
 ) -> Iterator[tuple[slice, Iterator[tuple[slice, slice, T]]]]:
     """(tokens, tiles of theirs), each tile (tokens, features, what begun(x[tokens], features) gave), where x[tokens]
-    is the same tensor for all of them. most: pairs of a tile, as `feature_tiles` has it."""
-    parts = ((t, x[t]) for t in token_tiles(x, W_rows))
+    is the same tensor for all of them. most: as `token_tiles` has it."""
+    parts = ((t, x[t]) for t in token_tiles(x, W_rows, most))
     tiles = ((t, f, begun(part, f)) for t, part in parts for f in feature_tiles(part, len(W_rows), most))
     return groupby(one_ahead(tiles), lambda tile: tile[0])
 
@@ -127,10 +134,11 @@ def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
     return not wants_gradient(x, W_rows, bias) and all(map(is_bare, (x, W_rows, bias)))
 
 
-def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor, most: int | None = None) -> Tensor | None:
+def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor, most: Most | None = None) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
-    None where somebody must know of each tile. most: as `feature_tiles` has it."""
-    return bias.new_empty(most or CPU_SIZE) if x.is_cpu and is_untraced(x, W_rows, bias) else None
+    None where somebody must know of each tile. most: as `token_tiles` has it."""
+    size = CPU_SIZE if most is None else most.pairs
+    return bias.new_empty(size) if x.is_cpu and is_untraced(x, W_rows, bias) else None
 
 
 def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:

@@ -71,7 +71,7 @@ def test_rounding_of_the_worst_kind_hides_no_feature(used, sign, dtype, x_scale,
             pre = exact(x, rows, bias)[0]
             near = 1e-6 * (pre.abs() + bias.abs())
             for threshold, count in ((pre - near, 1), (pre + near, 0)):
-                found = signs.Signs(400).candidates(x, rows, bias, threshold.float())
+                found = signs.Signs(tiles.Most(40, 400)).candidates(x, rows, bias, threshold.float())
                 assert len(screen.decided(found, threshold.float())[0]) == count
                 assert ((found[2].double() - pre).abs() <= near).all()
 
@@ -80,7 +80,7 @@ def test_what_sums_in_float32_lose_hides_no_feature():
     """Ones that vanish beside a large number, which goes again; all of them numbers of bfloat16."""
     x, rows, bias = torch.ones(1, 302), torch.ones(1, 302), torch.zeros(1)
     x[0, 0], x[0, -1] = 2.0**24, -(2.0**24)
-    found = signs.Signs(400).candidates(x, rows, bias, torch.tensor([299.5]))
+    found = signs.Signs(tiles.Most(40, 400)).candidates(x, rows, bias, torch.tensor([299.5]))
     assert len(found[0]) == 1
 
 
@@ -113,6 +113,7 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
     sae = SAE(W_rows.T, bias, torch.randn(70, 20).to(dtype), torch.randn(20), threshold=threshold)
     x[3, 4] = torch.nan
     monkeypatch.setattr(tiles, "CPU_TOKENS", 10)  # the others are screened
+    monkeypatch.setattr(signs, "TOGETHER", 10)
     with torch.no_grad():
         ours, code = sae(x), sae.encode_sparse(x)
         assert any(used)
@@ -125,12 +126,12 @@ def test_reconstructions_and_codes_are_those_without_a_screen(used, monkeypatch,
 def test_tiles_in_vain_are_few_and_lose_nothing(used, monkeypatch):
     x, W_rows, bias, threshold = parts_of(n=40)
     monkeypatch.setattr(signs, "MOST", 0.05)
-    search = signs.Signs(400)
+    search = signs.Signs(tiles.Most(40, 400))
     found = [search.candidates(x, W_rows[:10], bias[:10], threshold[:10]) for _ in range(40)]
     assert found == [None] * 40
     products = []
     monkeypatch.setattr(torch, "mm", lambda *args, mm=torch.mm, **out: products.append(1) or mm(*args, **out))
-    search = signs.Signs(400)
+    search = signs.Signs(tiles.Most(40, 400))
     for _ in range(40):
         search.candidates(x, W_rows[:10], bias[:10], threshold[:10])
     assert len(products) == 3, "the first one, and one in sixteen"
