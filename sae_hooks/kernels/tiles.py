@@ -24,12 +24,13 @@ CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that a
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for the best way is not worth it
 GPU_LARGE = 2**26  # numbers in W_enc that a GPU reads for longer than it takes to look for the best way
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slower than it might be
-LARGE = 3 * 2**20 if AVX512 else 2**21  # numbers in rows from which it matters for few tokens who reads them, and how
+LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
-THIN = range(5, 129 if AVX512 else 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
-FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these, which only read the rows, MKL from several places in them:
+THIN = range(8 if AVX512 else 5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
+FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these MKL from several places in the rows, ...
+FEWEST_OF = 2**12 if AVX512 else math.inf  # ... where the tokens have fewer numbers
 PLACES = 4  # a core reads half as quickly again as from one place
-MUCH = 2**23 if AVX512 else math.inf  # multiplications from which oneDNN takes no longer than MKL
+MUCH = 2**23 if AVX512 else math.inf  # multiplications from which oneDNN takes no longer than MKL, in all other cases
 MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # most builds for CPUs do
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
@@ -173,10 +174,9 @@ def affine(
         if len(rows) > widened_at_once(x) and is_untraced(x, rows, bias):
             return affine_widened(x, rows, bias, room)
         rows = rows.to(x.dtype)
-    if rows.numel() >= LARGE and 0 < len(x) <= FEW and x.is_cpu:
-        return affine_of_few(x, rows, bias)
-    if is_much(x, rows) and takes_onednn(x, rows) and is_untraced(x, rows, bias):
-        return by_onednn(x.contiguous(), rows, bias.contiguous())
+    otherwise = x.is_cpu and (rows.numel() >= LARGE or is_much(x, rows))
+    if otherwise and (product := affine_otherwise(x.contiguous(), rows, bias)) is not None:
+        return product
     if room is not None:
         return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
     return F.linear(x, rows, bias)
@@ -226,32 +226,29 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
     return out
 
 
-def affine_of_few(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """affine of few tokens and many numbers in rows, on a CPU."""
-    n, x = len(x), x.contiguous()  # products of what is laid out otherwise take up to hundreds of times as long
-    if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the second has none
-        if n in FEWEST and len(rows) % PLACES == 0 and MKL:
+def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor | None:
+    """affine of x, in one piece, on a CPU, where a plain product is not the quickest way; else None."""
+    n, is_large = len(x), rows.numel() >= LARGE
+    if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the others have none
+        if is_large and n in FEWEST and x.numel() < FEWEST_OF and len(rows) % PLACES == 0 and MKL:
             return affine_from_places(x, rows, bias)
-        if n in THIN and takes_onednn(x, rows):
-            return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-    if n > 1 and rows.numel() >= 2 * LARGE:
+        if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
+            if is_large and n in THIN:
+                return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
+            if is_much(x, rows):
+                return by_onednn(x, rows, bias.contiguous())
+    if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
-    return F.linear(x, rows, bias)
+    return None
 
 
 def is_much(x: Tensor, rows: Tensor) -> bool:
     """Whether x @ rows.T is so much that oneDNN is the quicker one on a CPU, and not what `at_once` leaves to MKL."""
-    return len(x) * rows.numel() >= MUCH and len(x) * len(rows) > AT_ONCE and x.is_cpu
-
-
-def takes_onednn(x: Tensor, rows: Tensor) -> bool:
-    """Whether oneDNN may multiply these on a CPU: rows in another layout take it a hundred times as long."""
-    is_there = HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
-    return is_there and x.dtype == torch.float32 and rows.is_contiguous()
+    return len(x) * rows.numel() >= MUCH and len(x) * len(rows) > AT_ONCE
 
 
 def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ rows.T + bias, each in one piece."""
+    """x @ rows.T + bias, each in one piece: of others it takes hundreds of times as long, or reads the wrong bias."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
     return product
 

@@ -12,11 +12,13 @@ from sae_hooks.kernels import tiles
 
 needs_onednn = pytest.mark.skipif(not tiles.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 needs_mkl = pytest.mark.skipif(not tiles.MKL, reason="this build of torch has no MKL")
-BY_ONEDNN, BY_MKL = (5, 16, 64), (1, 2, 3, 4, 65, 128, 129)
+BY_ONEDNN, BY_MKL = (9, 16, 64), (1, 2, 3, 4, 5, 65, 128, 129)
+RANGES = {"AVX2": {"THIN": range(5, 65), "FEWEST": range(1, 4), "FEWEST_OF": math.inf},
+          "AVX-512": {"THIN": range(8, 65), "FEWEST": range(1, 5), "FEWEST_OF": 4 * 48}}
 FEATURES = (70, 72)  # the second can be read from four places
 
 
-@pytest.fixture(params=[(range(5, 65), range(1, 4)), (range(5, 129), range(1, 5))], ids=["AVX2", "AVX-512"])
+@pytest.fixture(params=RANGES)
 def calls(monkeypatch, request):
     """What was given to oneDNN, which takes whatever has as few tokens; of the ranges that CPUs have."""
     seen, plain = [], tiles.by_onednn
@@ -25,11 +27,8 @@ def calls(monkeypatch, request):
         seen.append(args)
         return plain(*args)
 
-    monkeypatch.setattr(tiles, "LARGE", 0)
-    monkeypatch.setattr(tiles, "THIN", request.param[0])
-    monkeypatch.setattr(tiles, "FEWEST", request.param[1])
-    monkeypatch.setattr(tiles, "MUCH", math.inf)
-    monkeypatch.setattr(tiles, "by_onednn", noted)
+    for name, value in {"LARGE": 0, "MUCH": math.inf, "by_onednn": noted, **RANGES[request.param]}.items():
+        monkeypatch.setattr(tiles, name, value)
     return seen
 
 
@@ -37,6 +36,10 @@ def parts(n, dtype=torch.float32, m=70):
     """x (n, 48), rows (m, 48), bias (m)."""
     random = torch.Generator().manual_seed(n)
     return tuple(torch.randn(shape, generator=random).to(dtype) for shape in ((n, 48), (m, 48), (m,)))
+
+
+def is_read_from_places(n):
+    return n in tiles.FEWEST and n * 48 < tiles.FEWEST_OF
 
 
 def product(x, rows, bias):
@@ -65,19 +68,19 @@ def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
     torch.testing.assert_close(got, product(*parts(n, m=m)), rtol=0, atol=2e-5)
     assert got.is_contiguous()
     assert len(calls) == (n in tiles.THIN)
-    assert len(places) == (n in tiles.FEWEST and m == 72)
+    assert len(places) == (is_read_from_places(n) and m == 72)
 
 
 @needs_onednn
 @needs_mkl
 def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
     monkeypatch.setattr(tiles, "LARGE", 72 * 48 + 1)
-    for n in (1, 8):
+    for n in (1, 9):
         kernels.linear(*parts(n, m=72))
     assert not calls
     assert not places
     monkeypatch.setattr(tiles, "LARGE", 72 * 48)
-    for n in (1, 8):
+    for n in (1, 9):
         kernels.linear(*parts(n, m=72))
     assert len(calls) == 1
     assert [len(x) for x, *_ in places] == [1]
@@ -147,7 +150,7 @@ def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     with torch.no_grad():
         kernels.linear(*ours)
     assert len(calls) == (n in tiles.THIN and tiles.HAS_ONEDNN)
-    assert len(places) == (n in tiles.FEWEST and tiles.MKL)
+    assert len(places) == (is_read_from_places(n) and tiles.MKL)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
