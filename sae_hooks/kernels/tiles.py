@@ -27,10 +27,11 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slo
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
 THIN = range(8 if AVX512 else 5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
+THINNER = range(4, 8 if AVX512 else 4)  # ... and for these if sides stay as they are, ...
 FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these MKL from several places in the rows, ...
 FEWEST_OF = 2**12 if AVX512 else math.inf  # ... where the tokens have fewer numbers
 PLACES = 4  # a core reads half as quickly again as from one place
-MUCH = 2**23 if AVX512 else math.inf  # multiplications from which oneDNN takes no longer than MKL, in all other cases
+MUCH = 2**27 if AVX512 else math.inf  # multiplications from which oneDNN is the quicker one in all other cases
 MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # most builds for CPUs do
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
@@ -235,7 +236,7 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor | None:
         if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
             if is_large and n in THIN:
                 return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-            if is_much(x, rows):
+            if is_much(x, rows) or (is_large and n in THINNER):
                 return by_onednn(x, rows, bias.contiguous())
     if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
