@@ -236,7 +236,7 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor | None:
         if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
             if is_large and n in THIN:
                 return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-            if is_much(x, rows) or (is_large and n in THINNER):
+            if n in THINNER or is_much(x, rows):
                 return by_onednn(x, rows, bias.contiguous())
     if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()

@@ -79,14 +79,14 @@ def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
 @needs_mkl
 def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
     monkeypatch.setattr(tiles, "LARGE", 72 * 48 + 1)
-    for n in (1, 9):
+    for n in (1, 5, 9):
         kernels.linear(*parts(n, m=72))
     assert not calls
     assert not places
     monkeypatch.setattr(tiles, "LARGE", 72 * 48)
-    for n in (1, 9):
+    for n in (1, 5, 9):
         kernels.linear(*parts(n, m=72))
-    assert len(calls) == 1
+    assert len(calls) == 2
     assert [len(x) for x, *_ in places] == [1]
 
 
@@ -127,6 +127,17 @@ def test_many_multiplications_are_left_to_onednn_where_it_is_the_quicker_one(cal
     kernels.linear(x.requires_grad_(), rows, bias)
     kernels.linear(x.detach().double(), rows.double(), bias.double())
     assert len(calls) == 1
+
+
+@needs_onednn
+def test_sides_are_swapped_for_large_rows_only(calls, monkeypatch):
+    x, rows, bias = parts(9)
+    for name in ("MUCH", "AT_ONCE"):
+        monkeypatch.setattr(tiles, name, 0)
+    for large, left in ((70 * 48, 70), (70 * 48 + 1, 9)):
+        monkeypatch.setattr(tiles, "LARGE", large)
+        torch.testing.assert_close(kernels.linear(x, rows, bias), product(x, rows, bias), rtol=0, atol=2e-5)
+        assert len(calls.pop()[0]) == left
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 16, 64])

@@ -57,6 +57,15 @@ def test_the_features_and_values_are_those_of_exact_products(used, dtype):
     assert values.dtype == torch.float32
 
 
+def test_as_many_tokens_are_taken_together_as_it_says(used, monkeypatch):
+    monkeypatch.setattr(signs, "TOGETHER", 10)
+    parts = parts_of(n=40)
+    kernels.find_above(*parts)
+    assert len(used) == 4 * 2
+    monkeypatch.setattr(signs, "ROWS", 3 * parts[0].shape[1])
+    assert signs.signs_for(*parts).most == (10, 10 * 3)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("x_scale", "scale"), [(1, 1), (2.0**10, 1), (1, 2.0**-10), (2.0**-90, 1), (1, 2.0**-90)])
