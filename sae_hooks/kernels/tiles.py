@@ -217,13 +217,16 @@ def widened_at_once(x: Tensor) -> int:
 
 def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -> Tensor:
     """affine of rows of another dtype than x, some of which are widened at a time, into the same memory."""
-    n, (m, d_in) = len(x), rows.shape
+    n, x, (m, d_in) = len(x), x.contiguous(), rows.shape
     out = x.new_empty(n, m) if room is None else within(room, n, m)
     most = widened_at_once(x)
     wide_rows = x.new_empty(most, d_in)
     for f in slices(m, most):
         part = wide_rows[:f.stop - f.start].copy_(rows[f])
-        torch.addmm(bias[f], x, part.T, out=out[:, f])
+        if x.is_cpu and is_much(x, part) and (product := affine_otherwise(x, part, bias[f])) is not None:
+            out[:, f] = product
+        else:
+            torch.addmm(bias[f], x, part.T, out=out[:, f])
     return out
 
 

@@ -253,6 +253,19 @@ def test_rows_of_half_precision_are_widened_some_at_a_time_into_the_same_memory(
     torch.testing.assert_close(x_hat, acts @ rows.float(), rtol=1e-4, atol=1e-3)
 
 
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_were_widened_are_left_to_onednn_as_others_are(calls, dtype, monkeypatch):
+    x, rows, bias = parts(200)
+    for name, value in {"MUCH": 200 * 9 * 48, "AT_ONCE": 0, "CPU_WIDENED": 10 * 48, "LARGE": math.inf}.items():
+        monkeypatch.setattr(tiles, name, value)
+    for tokens in (x, x.T.contiguous().T):
+        got = kernels.linear(tokens, rows.to(dtype), bias)
+        torch.testing.assert_close(got, product(x, rows.to(dtype), bias), rtol=0, atol=2e-5)
+    assert [len(given[1]) for given in calls] == [10] * 14
+    assert all(t.is_contiguous() for given in calls for t in given)
+
+
 @pytest.mark.parametrize("wanting", range(3))
 def test_gradients_pass_through_rows_of_half_precision(monkeypatch, wanting):
     """Of x, of the rows, of the bias."""
