@@ -175,8 +175,7 @@ def affine(
         if len(rows) > widened_at_once(x) and is_untraced(x, rows, bias):
             return affine_widened(x, rows, bias, room)
         rows = rows.to(x.dtype)
-    otherwise = x.is_cpu and (rows.numel() >= LARGE or is_much(x, rows))
-    if otherwise and (product := affine_otherwise(x.contiguous(), rows, bias)) is not None:
+    if (product := affine_otherwise(x, rows, bias)) is not None:
         return product
     if room is not None:
         return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
@@ -217,13 +216,13 @@ def widened_at_once(x: Tensor) -> int:
 
 def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -> Tensor:
     """affine of rows of another dtype than x, some of which are widened at a time, into the same memory."""
-    n, x, (m, d_in) = len(x), x.contiguous(), rows.shape
+    n, (m, d_in) = len(x), rows.shape
     out = x.new_empty(n, m) if room is None else within(room, n, m)
     most = widened_at_once(x)
     wide_rows = x.new_empty(most, d_in)
     for f in slices(m, most):
         part = wide_rows[:f.stop - f.start].copy_(rows[f])
-        if x.is_cpu and is_much(x, part) and (product := affine_otherwise(x, part, bias[f])) is not None:
+        if (product := affine_otherwise(x, part, bias[f])) is not None:
             out[:, f] = product
         else:
             torch.addmm(bias[f], x, part.T, out=out[:, f])
@@ -231,8 +230,11 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
 
 
 def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor | None:
-    """affine of x, in one piece, on a CPU, where a plain product is not the quickest way; else None."""
-    n, is_large = len(x), rows.numel() >= LARGE
+    """affine of x and rows of one dtype on a CPU, where a plain product is not the quickest way; else None."""
+    is_large = rows.numel() >= LARGE
+    if not x.is_cpu or not (is_large or is_much(x, rows)):
+        return None
+    n, x = len(x), x.contiguous()  # what lies otherwise takes products up to hundreds of times as long
     if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the others have none
         if is_large and n in FEWEST and x.numel() < FEWEST_OF and len(rows) % PLACES == 0 and MKL:
             return affine_from_places(x, rows, bias)
@@ -252,7 +254,7 @@ def is_much(x: Tensor, rows: Tensor) -> bool:
 
 
 def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ rows.T + bias, each in one piece: of others it takes hundreds of times as long, or reads the wrong bias."""
+    """x @ rows.T + bias, each in one piece; of a bias that is not it would read the wrong numbers."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
     return product
 
