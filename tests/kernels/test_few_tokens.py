@@ -129,6 +129,16 @@ def test_many_multiplications_are_left_to_onednn_where_it_is_the_quicker_one(cal
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("n", [1, 9, 200])
+def test_gpus_multiply_plainly(calls, places, fake_gpus, n, monkeypatch):
+    monkeypatch.setattr(tiles, "MUCH", 0)
+    x, rows, bias = parts(n, m=72)
+    got = kernels.linear(x.to("fgpu:0"), rows.to("fgpu:0"), bias.to("fgpu:0"))
+    torch.testing.assert_close(got.cpu(), product(x, rows, bias), rtol=0, atol=2e-5)
+    assert not calls
+    assert not places
+
+
 @needs_onednn
 def test_sides_are_swapped_for_large_rows_only(calls, monkeypatch):
     x, rows, bias = parts(9)
