@@ -121,7 +121,7 @@ class SAE(nn.Module):
         pre = self._at_once(x)
         if pre is None:
             W_rows = self.W_enc.T
-            pre = kernels.linear(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc)
+            pre = kernels.pre_activations(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc)
         return _shaped(pre, x)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -153,11 +153,12 @@ class SAE(nn.Module):
         pre, threshold = self._at_once(x), self.threshold
         if pre is None:
             W_rows = self.W_enc.T
-            rows = self._rows(x, W_rows.shape[1])
-            if threshold is not None:
-                return kernels.encode_sparse(rows, W_rows, self.b_enc, threshold)
-            assert self.k is not None
-            return kernels.encode_topk(rows, W_rows, self.b_enc, self.k)
+            rows, gate = self._rows(x, W_rows.shape[1]), self._gate
+            if (found := kernels.encode_with_gradient(rows, W_rows, self.b_enc, gate)) is not None:
+                return found
+            if isinstance(gate, Tensor):
+                return kernels.encode_sparse(rows, W_rows, self.b_enc, gate)
+            return kernels.encode_topk(rows, W_rows, self.b_enc, gate)
         if threshold is not None:
             return kernels.compressed(kernels.above(pre, threshold), len(pre))
         assert self.k is not None
@@ -186,18 +187,18 @@ class SAE(nn.Module):
         the weights ask."""
         if (pre := self._at_once(x, decoded=True)) is not None:
             x_hat = _shaped(self.decode(self.gate(pre)), x)
-        elif self._needs_plain(x):
-            x_hat = self.decode(self.encode(x))
         else:
             own: Mapping[str, Any] = self._parameters
-            W_rows, b_enc, threshold, W_dec, b_dec = (
-                own["W_enc"].T, own["b_enc"], own.get("threshold"), own["W_dec"], own["b_dec"])
+            W_rows, b_enc, W_dec, b_dec, gate = own["W_enc"].T, own["b_enc"], own["W_dec"], own["b_dec"], self._gate
             rows = self._rows(x, W_rows.shape[1])
-            if threshold is not None:
-                out = kernels.reconstruct(rows, W_rows, b_enc, threshold, W_dec, b_dec)
+            if self._needs_plain(x):
+                out = kernels.reconstruct_with_gradient(rows, W_rows, b_enc, gate, W_dec, b_dec)
+                if out is None:
+                    out = self.decode(self.encode(rows))
+            elif isinstance(gate, Tensor):
+                out = kernels.reconstruct(rows, W_rows, b_enc, gate, W_dec, b_dec)
             else:
-                assert self.k is not None
-                out = kernels.reconstruct_topk(rows, W_rows, b_enc, self.k, W_dec, b_dec)
+                out = kernels.reconstruct_topk(rows, W_rows, b_enc, gate, W_dec, b_dec)
             x_hat = _shaped(out, x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
@@ -236,6 +237,15 @@ class SAE(nn.Module):
             if new.dtype not in (torch.float32, torch.float64):
                 new.data = old.to(device=new.device, dtype=torch.float32)
         return self
+
+    @property
+    def _gate(self) -> Tensor | int:
+        """Thresholds (d_sae), or k."""
+        threshold: Tensor | None = self._parameters.get("threshold")
+        if threshold is not None:
+            return threshold
+        assert self.k is not None
+        return self.k
 
     def _needs_plain(self, x: Tensor) -> bool:
         """Whether plain operations must be taken: for gradients, forward-mode derivatives and vmap."""

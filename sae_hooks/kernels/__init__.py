@@ -6,6 +6,7 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 from .custom_ops import OUTSIDE_CUDA_GRAPHS
 from .decoding import decode, decode_sparse, decoded_at_once, is_little, reconstruct, reconstruct_topk, splice_few
 from .encoding import encode, encode_sparse, encode_topk, find_above, nonzero_csr
+from .gradients import encode_with_gradient, pre_activations, reconstruct_with_gradient
 from .search import above, keep_largest, largest, topk_gate
 from .segments import (
     adam_rows,
@@ -37,6 +38,7 @@ __all__ = [
     "encode",
     "encode_sparse",
     "encode_topk",
+    "encode_with_gradient",
     "find_above",
     "is_bare",
     "is_little",
@@ -45,8 +47,10 @@ __all__ = [
     "linear",
     "longest_first",
     "nonzero_csr",
+    "pre_activations",
     "reconstruct",
     "reconstruct_topk",
+    "reconstruct_with_gradient",
     "remove_along",
     "slices",
     "splice_few",

@@ -68,7 +68,7 @@ def reconstruct(
         pre = linear(x, W_rows, bias)
         return _dense(b_dec, pre * (pre > threshold), W_dec)
     if is_one_tile(x, W_rows):
-        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold), _nothing(x, dtype)
+        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold), nothing_or_nan(x, dtype)
         part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
@@ -104,7 +104,7 @@ def _reconstruct_in_tiles(
     x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor
 ) -> Tensor:
     """`reconstruct` of some tokens and features after the other."""
-    out, signs = b_dec + _nothing(x, b_dec.dtype), signs_for(x, W_rows, bias, threshold)
+    out, signs = b_dec + nothing_or_nan(x, b_dec.dtype), signs_for(x, W_rows, bias, threshold)
     room = room_for_tiles(x, W_rows, bias)
 
     def begun(part: Tensor, f: slice) -> Callable[[], Triplets | Tensor]:
@@ -135,7 +135,7 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in held_together(x, len(W_rows))]
     dtype = wide(x, W_rows)
     sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
-    return sums.add_(b_dec).add_(_nothing(x, dtype))
+    return sums.add_(b_dec).add_(nothing_or_nan(x, dtype))
 
 
 @traceable("(Tensor acts, Tensor W_dec, Tensor b_dec) -> Tensor", fake_decoded)
@@ -183,7 +183,7 @@ def _decoded_ahead(
     assert triton is not None
     found, most = triton.Above(pre, threshold, rest, ahead=True), max(_most(pre, pre.numel()), 0)
     listed: Csr = found.at_most(most)
-    out = weighted_sums(*listed, W_dec, b_dec, _nothing(x, b_dec.dtype))
+    out = weighted_sums(*listed, W_dec, b_dec, nothing_or_nan(x, b_dec.dtype))
     return lambda: out if found.total() <= most else _decoded_whole(pre, rest, threshold, W_dec, b_dec)
 
 
@@ -248,7 +248,7 @@ def _marked_or_dense(
     return gated(pre, marks, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
 
 
-def _nothing(x: Tensor, dtype: torch.dtype) -> Tensor:
+def nothing_or_nan(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, 1): 0 for the tokens of x (n, d_in) that are finite, nan for the others, which a search would hide."""
     return x.sum(1, keepdim=True, dtype=dtype).mul_(0)
 

@@ -97,12 +97,17 @@ def _in_tiles(
 
 @traceable("(Tensor x, Tensor W_rows, Tensor bias, int k) -> (Tensor, Tensor, Tensor)", fake_csr)
 def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
-    """CSR of the k largest positive pre-activations of each row, indices ascending; holds TOPK_SIZE pre-activations, or
-    those of one token."""
+    """CSR of the k largest positive pre-activations of each row, indices ascending."""
+    return compressed(find_largest(x, W_rows, bias, k), len(x))
+
+
+def find_largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
+    """(rows, columns, values) of those, by row, then by column; holds TOPK_SIZE pre-activations, or those of one token.
+    """
     found = []
     for t in held_together(x, len(W_rows)):
         found.append(moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
-    return compressed(joined(found, x.to(wide(x, W_rows))), len(x))
+    return joined(found, x.to(wide(x, W_rows)))
 
 
 def nonzero_csr(acts: Tensor) -> Csr:

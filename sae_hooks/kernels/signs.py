@@ -38,11 +38,18 @@ def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs
     n, m = len(x), len(rows)
     if n < TOKENS or n * m < PAIRS or x.shape[1] < WIDTH or not is_untraced(x, rows, bias):
         return None
-    some, which = (slice(None, None, max(size // probed, 1)) for size, probed in zip((n, m), PROBED, strict=True))
-    pre = affine(x[some], rows[which], bias[which])
-    if count(pre > threshold[which]) > MOST / 2 * pre.numel():
+    if share_above(x, rows, bias, threshold, PROBED) > MOST / 2:
         return None
     return Signs(Most(TOGETHER, min(TILE, min(n, TOGETHER) * max(ROWS // x.shape[1], 1))))
+
+
+def share_above(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, probed: tuple[int, int]) -> float:
+    """The share of pairs in x (n, d) and rows (m, d) that are above threshold (m), as about so many tokens and features
+    tell that lie evenly apart."""
+    sizes = zip((len(x), len(rows)), probed, strict=True)
+    some, which = (slice(None, None, max(size // most, 1)) for size, most in sizes)
+    pre = affine(x[some], rows[which], bias[which])
+    return count(pre > threshold[which]) / max(pre.numel(), 1)
 
 
 class Signs:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import screen, tiles
+from sae_hooks.kernels import gradients, screen, tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +46,26 @@ def test_encoding_and_reconstructing(dtype, x_dtype, n, tiled, monkeypatch):
     for decoded in (sae(x.float().cuda()), sae(x.cuda(), torch.float32), sae.decode(acts.float().cuda())):
         sure = ~near.any(1)  # two ways of summing may lie on two sides of a threshold
         torch.testing.assert_close(decoded.cpu().double()[sure], wide.decode(acts)[sure], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 5, 300])
+def test_gradients_through_what_is_active(dtype, x_dtype, n, monkeypatch):
+    for module, name in ((gradients, "GPU_SMALL"), (tiles, "GPU_AT_ONCE")):
+        monkeypatch.setattr(module, name, 0)
+    (sae, wide), x = sae_of(dtype), x_of(n, x_dtype)
+    far = ((wide.pre_activations(x.double()) - 2).abs() > 1e-5).all(1)
+    ours, exact = x[far].cuda().requires_grad_(), x[far].double().requires_grad_()
+    x_hat, wanted = sae(ours, torch.float32), wide(exact)
+    assert "_Sums" in str(x_hat.grad_fn)
+    torch.testing.assert_close(x_hat.detach().cpu().double(), wanted.detach(), rtol=1e-3, atol=1e-3)
+    along = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    (found,) = torch.autograd.grad(x_hat, ours, along.cuda(), create_graph=True)
+    (gradient,) = torch.autograd.grad(wanted, exact, along.double(), create_graph=True)
+    assert found.dtype == x_dtype
+    close = {"rtol": 1e-2, "atol": 1e-2 * float(gradient.abs().max())}
+    torch.testing.assert_close(found.detach().cpu().double(), gradient.detach(), **close)
 
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.3])

@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sae_hooks import SaeAttachError, attach_saes
+from sae_hooks import SaeAttachError, attach_saes, kernels
+from sae_hooks.kernels import gradients as of_active
+from sae_hooks.kernels import tiles
 from sae_hooks.sae import SAE
 
 SITE, INSIDE = "model.layers.1.output", "model.layers.1.mlp.output"
+
+
+@pytest.fixture(autouse=True, params=["plain operations", "through what is active"])
+def followed(request, monkeypatch):
+    """How autograd follows a splice: as one so small, or as a large one."""
+    if request.param == "through what is active":
+        for module, name, value in ((of_active, "SMALL", 0), (of_active, "CROWDED", 1.0), (tiles, "AT_ONCE", 0)):
+            monkeypatch.setattr(module, name, value)
+    return request.param
 
 
 def dense(sae, x):
@@ -90,6 +101,15 @@ def test_gradients_reach_inputs_embeds(model, ids, sae, way):
     attach_saes(model, sae)  # no special ids, so that none need to be told apart
     with opening(model.saes):
         hold_close(gradients(model, ids, inputs_embeds=embeds), expected)
+
+
+def test_a_large_splice_is_followed_through_what_is_active(model, ids, sae, followed, monkeypatch):
+    taken = []
+    monkeypatch.setattr(of_active, "dots", lambda *given: taken.append(given) or kernels.dots(*given))
+    attach_saes(model, sae)
+    with model.saes.splice():
+        gradients(model, ids)
+    assert len(taken) == (followed == "through what is active")
 
 
 def test_positions_left_alone_pass_the_gradient_on_as_it_is(model, ids, sae):
