@@ -102,16 +102,18 @@ def expected(data: Data) -> dict[str, Tensor]:
     """What every way must find: loss, gradients, and reconstructions."""
     found = gradients(dense_step(data))
     with torch.no_grad():
-        x_hats, counts = ([], []), [0, 0]
-        for x in data.x.split(512):
+        x_hats, to_x, counts = ([], []), ([], []), [0, 0]
+        for x, along in zip(data.x.split(512), data.along().split(512), strict=True):
             pre = torch.addmm(data.b_enc, x, data.W_enc.t())
             top = pre.topk(min(K, pre.shape[1]), dim=-1)
             kept = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
             for i, acts in enumerate((pre * (pre > data.threshold), kept)):
                 x_hats[i].append(torch.addmm(data.b_dec, acts, data.W_dec))
+                to_x[i].append(((along @ data.W_dec.t()) * (acts > 0)) @ data.W_enc)
                 counts[i] += int((acts > 0).sum())
-    x_hat, of_topk = (torch.cat(parts) for parts in x_hats)
-    return {**found, "x_hat": x_hat, "x_hat of topk": of_topk, "features": torch.tensor(counts[0]),
+    x_hat, of_topk, gradient, through_topk = (torch.cat(parts) for parts in (*x_hats, *to_x))
+    return {**found, "x_hat": x_hat, "x_hat of topk": of_topk, "gradient": gradient,
+            "gradient of topk": through_topk, "features": torch.tensor(counts[0]),
             "features of topk": torch.tensor(counts[1]), "loss of topk": (of_topk - data.x).square().sum(-1).mean()}
 
 
@@ -198,6 +200,48 @@ def decode(seconds: float) -> Iterator[str]:
         line = (f"{begin}{ms(times['splice']):11.3f}{dense:10.2f}{half:9.2f}{ms(times['encode_sparse']):18.3f}"
                 f"{ratio(times, 'csr', 'encode_sparse'):8.2f}")
         yield line + (verdict(dense, 2.2) if tokens == 4 else "")
+
+
+@torch.enable_grad()
+def gradient(seconds: float, names: Sequence[str], environments: Path) -> Iterator[str]:
+    """The gradient of x through a splice beside dense autograd's, by shape and by share of active features; then all
+    ways in processes of their own."""
+    yield f"{CASE}{'ours ms':>10}{'dense/ours':>12}{'forward/ours':>14}"
+    shapes = [(shape, L0, n) for shape in SHAPES for n in (FEW[2], *TOKENS)]
+    for shape, l0, n in shapes + [(K_SHAPE, share * K_SHAPE[1], TOKENS[1]) for share in SHARES[1:]]:
+        data = make_data(*shape, n, l0)
+        times = compare(through(data), seconds)
+        dense, forward = (ratio(times, way, "ours") for way in ("dense", "forward"))
+        yield (f"{shape[0]:6d}{shape[1]:7d}{n:7d}{data.counts()[0]:7.1f}{ms(times['ours']):10.2f}{dense:12.2f}"
+               f"{forward:14.2f}")
+    data = make_data(*K_SHAPE, max(TOKENS), L0, NARROW)
+    yield f"d_in {K_SHAPE[0]}, d_sae {K_SHAPE[1]}, {max(TOKENS)} tokens"
+    ways = [way for way in (*OWN, *names) if way != "by hand"]
+    with saved(data, expected(data)) as path:
+        del data
+        with ExitStack() as stack:
+            workers = {way: stack.enter_context(Worker(f"gradient/{way}", path, {}, environments)) for way in ways}
+            times = rounds({way: worker.seconds for way, worker in workers.items()}, seconds)
+        yield f"  {'way':26}{'ms':>9}{'/ours':>7}{'MiB at the peak':>18}"
+        for way in ways:
+            same_gate = "topk" if way == "sparsify" else "ours"
+            yield (f"  {NAMES[way]:26}{ms(times[way]):9.1f}{ratio(times, way, same_gate):7.2f}"
+                   f"{peak(f'memory/gradient/{way}', path, environments):18.1f}")
+
+
+def through(data: Data) -> dict[str, Call]:
+    """The gradient of x through a splice, ours and dense; forward: ours without a backward pass."""
+    sae, acts, along = data.sae(), dense_encoder(data), data.along()
+    x = data.x.clone().requires_grad_()
+
+    def dense() -> Tensor:
+        return torch.autograd.grad(torch.addmm(data.b_dec, acts(x), data.W_dec), x, along)[0]
+
+    def ours() -> Tensor:
+        return torch.autograd.grad(sae(x), x, along)[0]
+
+    check_same({"gradient": ours()}, {"gradient": dense()})
+    return {"ours": ours, "dense": dense, "forward": lambda: sae(x)}
 
 
 # --- peers' inference, and memory ----------------------------------------------------------------------------

@@ -49,6 +49,10 @@ class Data:
         """The SAE, on the same memory."""
         return SAE(self.W_enc.t(), self.b_enc, self.W_dec, self.b_dec, threshold=self.threshold)
 
+    def along(self) -> Tensor:
+        """A gradient of reconstructions, as good as any: the activations of the token before."""
+        return self.x.roll(1, 0)
+
     def first(self, tokens: int) -> "Data":
         """The same SAE, with fewer tokens."""
         return Data(**{**vars(self), "x": self.x[:tokens]})

@@ -107,6 +107,8 @@ def built(way: str, tensors: Tensors, expected: Tensors) -> tuple[dict[str, Call
     about = {"version": version(PEERS[who].partition("==")[0])} if who in PEERS else {}
     if kind == "inference":
         return inference(who, tensors, expected), about
+    if kind == "gradient":
+        return {"step": gradient(who, tensors, expected)}, about
     if who in PEERS:
         step, module = peers.STEPS[who](tensors)
         x_hat, l0 = peers.seen(module, tensors["x"])
@@ -194,6 +196,8 @@ def measured(way: str, tensors: Tensors) -> tuple[Callable[[], Any], int]:
     if kind == "splice":
         splice = INFERENCE[who](tensors)[1]
         return torch.no_grad()(lambda: splice(tensors["x"])), 0
+    if kind == "gradient":
+        return gradient(who, tensors), tensors["x"].nbytes
     if who in PEERS:
         step, module = peers.STEPS[who](tensors)
         step()  # Adam makes its state
@@ -231,6 +235,19 @@ def inference(who: str, tensors: Tensors, expected: Tensors) -> dict[str, Callab
     calls = {"encode": lambda: values(x), "splice": lambda: splice(x)}
     calls |= {f"splice {n}": lambda n=n: splice(x[:n]) for n in FEW}
     return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+def gradient(who: str, tensors: Tensors, expected: Tensors | None = None) -> Callable[[], Any]:
+    """Splicing all tokens, and the gradient of x."""
+    splice, x = INFERENCE[who](tensors)[1], tensors["x"].clone().requires_grad_()
+    along = tensors["x"].roll(1, 0)
+
+    def call() -> torch.Tensor:
+        return torch.autograd.grad(splice(x), x, along)[0]
+
+    if expected is not None:
+        check_same({f"gradient{' of topk' if who in ('topk', 'sparsify') else ''}": call()}, expected)
+    return call
 
 
 def ours(t: Tensors, k: int | None = None) -> Calls:

@@ -8,6 +8,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS = ["product", "objective", "update", "topk", "autograd", "by hand"]
 INFERENCE = [f"inference/{who}" for who in ("ours", "topk", "dense", "by hand")]
+GRADIENTS = [f"gradient/{who}" for who in ("ours", "topk", "dense")]
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def given(workers):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("way", STEPS + INFERENCE)
+@pytest.mark.parametrize("way", STEPS + INFERENCE + GRADIENTS)
 def test_each_way_runs_and_finds_what_the_dense_one_finds(workers, given, way):
     calls, _ = workers.built(way, *given)
     assert set(calls) == ({"encode", "splice", "splice 4", "splice 1"} if way in INFERENCE else {"step"})
@@ -38,7 +39,7 @@ def test_each_way_runs_and_finds_what_the_dense_one_finds(workers, given, way):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("way", [way for way in STEPS + INFERENCE if way != "product"])
+@pytest.mark.parametrize("way", [way for way in STEPS + INFERENCE + GRADIENTS if way != "product"])
 def test_a_way_that_finds_anything_else_ends(workers, given, way):
     data, expected = given
     wrong = {name: t * 1.01 if t.is_floating_point() else t for name, t in expected.items()}
