@@ -4,13 +4,15 @@ Every operation is new = f + gain * f + shift, so the model receives x' = x + su
 
     clamp to v: gain -1, shift v      scale by s: gain s - 1, shift 0      add a: gain 0, shift a
 
-k features cost k encoder rows and k decoder rows; nothing changes where the change is zero.
+k features cost k encoder rows and k decoder rows; nothing changes where the change is zero. Of many features whose gain
+is one number only those cost a decoder row that are active.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
@@ -27,6 +29,7 @@ TOKENS = ("all", "prompt", "generated")
 FORMAT = "sae_hooks.edits/1"
 Strength = float | Tensor
 AT_ONCE = 512  # tokens times features up to which a GPU makes an edit in one launch: each token reads all rows
+MANY = 2**11  # features from which it is worth finding out which are active
 LARGEST = 1.8e19  # its square still fits float32, so a norm layer survives it
 
 
@@ -57,6 +60,14 @@ class Edit:
     def shift(self) -> Tensor:
         """(rows, k): what is added besides; zero in rows left untouched."""
         return torch.zeros_like(self.values) if self.op == "scale" else self.values.nan_to_num(0.0)
+
+    @property
+    def gain_of_all(self) -> float | None:
+        """The gain of all features in all rows, if that is one number and MANY features or more are read."""
+        if len(self.features) < MANY or self.only_if_active or self.op == "add" or len(self.values) > 1:
+            return None
+        least, most = self.gain.aminmax()
+        return float(least) if least == most else None
 
     @property
     def reads(self) -> bool:
@@ -139,7 +150,7 @@ def check(edit: Edit, d_sae: int, others: Iterable[Edit] = ()) -> None:
     outside = [f for f in edit.features if not 0 <= f < d_sae]
     if outside:
         raise EditError(f"feature {outside[0]} at {edit.site}: the SAE has features 0 to {d_sae - 1}")
-    twice = {f for f in edit.features if edit.features.count(f) > 1}
+    twice = {f for f, times in Counter(edit.features).items() if times > 1}
     taken = set(edit.features) & {f for other in others if other.site == edit.site for f in other.features}
     if twice or taken:
         raise EditError(
@@ -154,6 +165,7 @@ class Rows:
     (rows, 1, k).
 
     All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode.
+    for_all: of many features, where that is so, the one gain of all and shift @ W_dec (d_out).
     """
 
     W_enc: Tensor
@@ -164,6 +176,7 @@ class Rows:
     shift: Tensor
     only_if_active: bool
     reads: bool
+    for_all: tuple[float, Tensor] | None = None
 
     def acts(self, x: Tensor) -> Tensor:
         """Activations (..., k) of the k features for x (..., d_in)."""
@@ -178,6 +191,19 @@ class Rows:
             return shift
         change = torch.addcmul(shift, gain, acts)
         return change * (acts > 0) if self.only_if_active else change
+
+    def of_many(self, x: Tensor) -> Tensor | None:
+        """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), never holding the activations (..., k). None
+        where the edit has few features, or several gains, or plain operations are the better way."""
+        if self.for_all is None or self.threshold is None:
+            return None
+        gain, shift = self.for_all
+        parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, torch.zeros_like(shift)
+        if torch.is_grad_enabled() and x.requires_grad:
+            x_hat = kernels.reconstruct_with_gradient(*parts)
+        else:
+            x_hat = kernels.reconstruct(*parts) if kernels.is_bare(x) else None
+        return None if x_hat is None else torch.add(shift, x_hat, alpha=gain).view(*x.shape[:-1], len(shift))
 
     def at_once(self, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:
         """old (..., d_out) as the edit leaves it where chosen (...), boolean, is True, or everywhere, in old's dtype;
@@ -230,6 +256,8 @@ def _feature(feature: Any) -> int:
 
 
 def _table(op: str, values: Mapping[int, Strength]) -> Tensor:
+    if all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values.values()):
+        return torch.tensor([[*values.values()]], dtype=torch.float32)
     columns = [_column(op, f, v) for f, v in values.items()]
     rows = {len(c) for c in columns} - {1}
     if len(rows) > 1:
@@ -275,9 +303,8 @@ def _from_dict(item: Mapping[str, Any]) -> Edit:
     if len(set(features)) != len(features) or {len(row) for row in rows} != {len(features)}:
         raise EditError("an edit needs distinct features and, in each row of values, one value a feature")
     table = torch.tensor(rows, dtype=torch.float32)
-    values: dict[int, Strength] = {
-        f: (table[:, i] if len(rows) > 1 or bool(table.isnan().any()) else rows[0][i]) for i, f in enumerate(features)
-    }
+    by_row = len(rows) > 1 or bool(table.isnan().any())
+    values: dict[int, Strength] = dict(zip(features, table.unbind(1) if by_row else rows[0], strict=True))
     tokens = item.get("tokens", "all")
     return edit(
         item["op"],

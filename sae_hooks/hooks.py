@@ -192,12 +192,14 @@ class SiteHook:
         wide, now = kernels.cast(new, rows.W_dec.dtype), self.runtime.current()
         batch = 1 if len(rows.gain) == 1 else _batch(new, now, self.site.key)
         as_is = new.ndim == source.ndim == 3
-        acts = None
+        acts = change = None
         if rows.reads:
             read = wide if source is new else kernels.cast(source, wide.dtype)
             read = read if as_is else read.reshape(batch, -1, source.shape[-1])
-            acts = rows.acts(read) if rows.threshold is not None else _topk_acts(request, read)
-        change = rows.change(acts, now.group, batch) @ rows.W_dec
+            if (change := rows.of_many(read)) is None:
+                acts = rows.acts(read) if rows.threshold is not None else _topk_acts(request, read)
+        if change is None:
+            change = rows.change(acts, now.group, batch) @ rows.W_dec
         if not as_is:
             change = change.expand(batch, new[..., 0].numel() // batch, -1).reshape(new.shape)
         return wide + change if chosen is None else torch.where(chosen.unsqueeze(-1), wide + change, wide)
@@ -391,6 +393,8 @@ def _gathered(request: EditRequest, device: torch.device, dtype: torch.dtype, na
     exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
     W_enc, b_enc, W_dec, gain, shift = (t.detach().to(device, dtype) for t in exact)
     threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(device, dtype)
+    one = edit.gain_of_all
     return edits.Rows(
-        W_enc, b_enc, threshold, W_dec, gain.unsqueeze(1), shift.unsqueeze(1), edit.only_if_active, edit.reads
+        W_enc, b_enc, threshold, W_dec, gain.unsqueeze(1), shift.unsqueeze(1), edit.only_if_active, edit.reads,
+        for_all=None if one is None else (one, shift[0] @ W_dec),
     )

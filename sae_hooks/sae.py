@@ -130,19 +130,15 @@ class SAE(nn.Module):
             return _shaped(self.gate(pre), x)
         if torch.compiler.is_compiling() or self._needs_plain(x):
             return self.gate(self.pre_activations(x))
-        W_rows, threshold = self.W_enc.T, self.threshold
-        if threshold is None:
-            assert self.k is not None
-            return kernels.keep_largest(self.pre_activations(x), self.k)
-        return _shaped(kernels.encode(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc, threshold), x)
+        W_rows, gate = self.W_enc.T, self._gate
+        if not isinstance(gate, Tensor):
+            return kernels.keep_largest(self.pre_activations(x), gate)
+        return _shaped(kernels.encode(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc, gate), x)
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
-        threshold = self._parameters.get("threshold")
-        if threshold is not None:
-            return pre * (pre > threshold)
-        assert self.k is not None
-        return kernels.topk_gate(pre, self.k)
+        gate = self._gate
+        return pre * (pre > gate) if isinstance(gate, Tensor) else kernels.topk_gate(pre, gate)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
@@ -150,19 +146,17 @@ class SAE(nn.Module):
 
         (n, d_sae) is never held; TopK compares all features of a token, and takes its tokens in slices.
         """
-        pre, threshold = self._at_once(x), self.threshold
-        if pre is None:
-            W_rows = self.W_enc.T
-            rows, gate = self._rows(x, W_rows.shape[1]), self._gate
-            if (found := kernels.encode_with_gradient(rows, W_rows, self.b_enc, gate)) is not None:
-                return found
-            if isinstance(gate, Tensor):
-                return kernels.encode_sparse(rows, W_rows, self.b_enc, gate)
-            return kernels.encode_topk(rows, W_rows, self.b_enc, gate)
-        if threshold is not None:
-            return kernels.compressed(kernels.above(pre, threshold), len(pre))
-        assert self.k is not None
-        return kernels.compressed(kernels.largest(pre, self.k), len(pre))
+        pre, gate = self._at_once(x), self._gate
+        if pre is not None:
+            found = kernels.above(pre, gate) if isinstance(gate, Tensor) else kernels.largest(pre, gate)
+            return kernels.compressed(found, len(pre))
+        W_rows, b_enc = self.W_enc.T, self.b_enc
+        rows = self._rows(x, W_rows.shape[1])
+        if (followed := kernels.encode_with_gradient(rows, W_rows, b_enc, gate)) is not None:
+            return followed
+        if isinstance(gate, Tensor):
+            return kernels.encode_sparse(rows, W_rows, b_enc, gate)
+        return kernels.encode_topk(rows, W_rows, b_enc, gate)
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
@@ -184,7 +178,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype, or the one given; gradients flow where x or
-        the weights ask."""
+        the weights ask, at the cost of the active features where x alone does."""
         if (pre := self._at_once(x, decoded=True)) is not None:
             x_hat = _shaped(self.decode(self.gate(pre)), x)
         else:

@@ -70,8 +70,7 @@ def _are_bare(*tensors: Tensor) -> bool:
 
 @torch.no_grad()
 def _is_plainer(x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor | int) -> bool:
-    """Whether there is so little to do, or so many features are active, as some tell, that plain operations are the
-    quicker way."""
+    """Whether plain operations are the quicker way: little is to be done, or many features are active, as some tell."""
     small, most = (SMALL, CROWDED) if x.is_cpu else (GPU_SMALL, GPU_CROWDED)
     if max(len(x), LEAST) * W_rows.numel() <= small:
         return True

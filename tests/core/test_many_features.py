@@ -1,0 +1,158 @@
+"""Edits of many features with one gain, of which only the active ones are decoded: what the full encode says."""
+
+import pytest
+import torch
+from core.reference import FullEdit, edited, ordinary, relative, sample
+from core.steering import EVERY, IDS, MASK, NAN, SITE, made_for, outcome
+
+from sae_hooks import SAE, EditError, attach_saes, edits, kernels, sites
+from sae_hooks.edits import check, edit
+from sae_hooks.kernels import decoding, gradients
+
+FEATURES = range(5, 60)
+VALUES = {
+    "clamp": {f: 0.1 * (f % 7) for f in FEATURES},
+    "scale": dict.fromkeys(FEATURES, 3.0),
+}
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Fifty features are many; a list of the kernels that were taken for them."""
+    calls = []
+    monkeypatch.setattr(edits, "MANY", 50)
+    for name in ("reconstruct", "reconstruct_with_gradient"):
+        plain = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *of, plain=plain, name=name: (calls.append(name), plain(*of))[1])
+    return calls
+
+
+@pytest.mark.parametrize("tokens", ["few", "many"])
+@pytest.mark.parametrize("kind", sites.KINDS)
+@pytest.mark.parametrize("architecture", EVERY)
+@torch.no_grad()
+def test_they_change_what_the_full_encode_and_decode_change(
+        architecture, kind, tokens, random_model, taken, monkeypatch):
+    monkeypatch.setattr(decoding, "SMALL", 0 if tokens == "many" else decoding.SMALL)
+    model = random_model(architecture)
+    sae = made_for(model, kind)
+    (clean,), _ = outcome(model, sae.site_out)
+    attach_saes(model, sae)
+    chosen = ordinary(IDS, MASK)
+    for op, values in VALUES.items():
+        with FullEdit(model, sae, lambda a, op=op, v=values: edited(a, op, v), read=sae.site, write=sae.site_out):
+            (want,), want_logits = outcome(model, sae.site_out)
+        with getattr(model.saes, op)(values) as handle:
+            (got,), logits = outcome(model, sae.site_out)
+        assert relative(got, want) < 1e-5
+        assert relative(logits, want_logits) < 1e-5
+        assert relative(got, clean) > 1e-3
+        assert handle.positions_edited == chosen.sum()
+        special = (~chosen).reshape(got.shape[:-1]) if got.ndim == 3 else (~chosen).flatten()
+        assert torch.equal(got[special], clean[special])
+    assert taken == ["reconstruct"] * 2
+
+
+@torch.no_grad()
+def test_under_a_splice_the_edited_features_are_decoded(attached, sae, taken):
+    with FullEdit(attached, sae, lambda acts: edited(acts, "clamp", VALUES["clamp"]), keep_error=False):
+        (want,), _ = outcome(attached, SITE)
+    with attached.saes.splice(), attached.saes.clamp(VALUES["clamp"]):
+        (got,), _ = outcome(attached, SITE)
+    assert relative(got, want) < 1e-5
+    assert taken
+
+
+@pytest.mark.parametrize("values", [
+    {"scale": {f: f / 10 for f in FEATURES}},
+    {"clamp": {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, NAN])}},
+    {"clamp": {**VALUES["clamp"], 5: torch.tensor([NAN])}},
+    {"clamp": dict(list(VALUES["clamp"].items())[:49])},
+    {"add": VALUES["clamp"]},
+    {"clamp": VALUES["clamp"], "only_if_active": True},
+], ids=["several gains", "a strength a row", "a feature left untouched", "few features", "nothing read", "if active"])
+@torch.no_grad()
+def test_other_edits_go_the_way_of_few_features(attached, sae, taken, values):
+    (op, strengths), *more = values.items()
+    with FullEdit(attached, sae, lambda acts: edited(acts, op, strengths, *[v for _, v in more])):
+        (want,), _ = outcome(attached, SITE)
+    with getattr(attached.saes, op)(strengths, **dict(more)):
+        (got,), _ = outcome(attached, SITE)
+    assert relative(got, want) < 1e-5
+    assert not taken
+
+
+@torch.no_grad()
+def test_topk_saes_go_the_way_of_few_features(model, random_sae, taken):
+    topk = random_sae(32, 64, SITE, k=6, like=sample(model, SITE, IDS))
+    attach_saes(model, topk)
+    with FullEdit(model, topk, lambda acts: edited(acts, "clamp", VALUES["clamp"])):
+        (want,), _ = outcome(model, SITE)
+    with model.saes.clamp(VALUES["clamp"]):
+        (got,), _ = outcome(model, SITE)
+    assert relative(got, want) < 1e-5
+    assert not taken
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypatch):
+    """Through what is active, and where that is left to plain operations."""
+    for name, value in (("SMALL", 0 if followed else 2**62), ("CROWDED", 1.0)):
+        monkeypatch.setattr(gradients, name, value)
+
+    def gradient():
+        attached.zero_grad()
+        with attached.saes.clamp(VALUES["clamp"]):
+            outcome(attached, SITE)[1].square().mean().backward()
+        return attached.get_input_embeddings().weight.grad
+
+    found = gradient()
+    assert taken == ["reconstruct_with_gradient"]
+    monkeypatch.setattr(edits, "MANY", 1000)
+    assert relative(found, gradient()) < 1e-5
+    assert taken == ["reconstruct_with_gradient"]
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_with_its_token(sae, taken):
+    made = edit("clamp", SITE, VALUES["clamp"])
+    picked = list(FEATURES)
+    rows = edits.Rows(sae.W_enc.T[picked], sae.b_enc[picked], sae.threshold[picked], sae.W_dec[picked],
+                      made.gain[:, None], made.shift[:, None], made.only_if_active, made.reads,
+                      for_all=(made.gain_of_all, made.shift[0] @ sae.W_dec[picked]))
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    x[1, 2, 3] = torch.nan
+    found, wanted = rows.of_many(x), rows.change(rows.acts(x), 1, 3) @ rows.W_dec
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-4)
+    assert found[1, 2].isnan().all()
+    assert taken
+    assert rows.of_many(x[:, :0]).shape == (3, 0, 32)
+
+
+@torch.no_grad()
+def test_a_hundred_thousand_features_are_opened_as_few_are(model):
+    g = torch.Generator().manual_seed(0)
+    d_sae = 100_000
+    sae = SAE(torch.randn(32, d_sae, generator=g), torch.zeros(d_sae), torch.randn(d_sae, 32, generator=g) / 100,
+              torch.zeros(32), threshold=torch.full((d_sae,), 12.0), site=SITE)
+    attach_saes(model, sae)
+    ablate = model.saes.ablate(range(d_sae))
+    (got,), _ = outcome(model, SITE)
+    ablate.remove()
+    with FullEdit(model, sae, lambda acts: 0 * acts):
+        (want,), _ = outcome(model, SITE)
+    assert relative(got, want) < 1e-5
+    with model.saes.apply(ablate.to_json()):
+        assert torch.equal(outcome(model, SITE)[0][0], got)
+
+
+def test_what_is_wrong_with_one_of_many_strengths_is_said():
+    with pytest.raises(EditError, match="clamp of feature 7: the strength must be finite, got 1e\\+300"):
+        edit("clamp", SITE, {3: 1.0, 7: 1e300})
+    with pytest.raises(EditError, match="clamp of feature 3: the strength must be finite, got nan"):
+        edit("clamp", SITE, {3: NAN, 7: 1.0})
+    made = edit("clamp", SITE, dict.fromkeys(range(10), 0.1))
+    assert torch.equal(made.values, torch.full((1, 10), 0.1))
+    check(made, 10)
+    with pytest.raises(EditError, match="features 0 to 8"):
+        check(made, 9)
