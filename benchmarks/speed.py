@@ -18,7 +18,8 @@ encode  SAE.encode_sparse; naive: pre = linear(x, W_enc, b); acts = pre * (pre >
         is written first; csr: the variant of it that is quickest here; nonzero: that with nonzero and take.
 splice  sae(x); dense: the same acts, acts W_dec + b_dec; half: ours with weights kept in bfloat16.
 decode  both of few tokens, as in a decoding step.
-gradient  sae(x) and the gradient of x, weights frozen, beside dense autograd; forward: sae(x) alone, when a gradient is
+edit    a clamp of all features: what it adds; dense: (values - acts) W_dec.
+gradient  sae(x) and the gradient of x, weights frozen, beside dense autograd; forward: sae(x) alone where a gradient is
         wanted. By shape, and by share of active features; then beside peers as in `peers`, with the memory of it.
 peers   encoding to the sparse form, splicing 2,048 tokens and few, each way in a process of its own, as in `step`;
         "/ours": over ours with the same gate. Peers' dense features are given to_sparse_csr(); sparsify's own are
@@ -47,7 +48,7 @@ from speed_workers import ENVIRONMENTS
 from sae_hooks.kernels.signs import HAS_BFLOAT16
 
 RESULT = Path(__file__).parent / f"results/speed{'-bfloat16' if HAS_BFLOAT16 else ''}.txt"
-PARTS = ("step", "encode", "splice", "decode", "gradient", "peers", "memory", "sweep")
+PARTS = ("step", "encode", "splice", "decode", "edit", "gradient", "peers", "memory", "sweep")
 
 
 def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]:
@@ -61,6 +62,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Iterator[str]]]
     return {"step": lambda: speed_parts.step(10 * seconds, peers, options.environments, options.large),
             "encode": lambda: speed_parts.encode(seconds), "splice": lambda: speed_parts.splice(seconds),
             "decode": lambda: speed_parts.decode(seconds),
+            "edit": lambda: speed_parts.edit(seconds),
             "gradient": lambda: speed_parts.gradient(seconds, peers, options.environments),
             "peers": lambda: speed_parts.peers(seconds, peers, options.environments),
             "memory": speed_parts.memory, "sweep": sweeps}

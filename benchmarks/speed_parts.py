@@ -15,6 +15,8 @@ from speed_workers import FEW as STEPPED
 from torch import Tensor
 from torch.nn import functional
 
+from sae_hooks.edits import Rows
+
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 MALLOCS = {"default": {}, "pages kept": KEPT}
 L0, NARROW, WIDE = 60.0, 66.0, 120.0  # pairs held: a window as the paper's, a tenth of L0, and one as wide as L0
@@ -200,6 +202,29 @@ def decode(seconds: float) -> Iterator[str]:
         line = (f"{begin}{ms(times['splice']):11.3f}{dense:10.2f}{half:9.2f}{ms(times['encode_sparse']):18.3f}"
                 f"{ratio(times, 'csr', 'encode_sparse'):8.2f}")
         yield line + (verdict(dense, 2.2) if tokens == 4 else "")
+
+
+@torch.no_grad()
+def edit(seconds: float) -> Iterator[str]:
+    """What a clamp of all features adds, beside the dense way."""
+    yield f"{CASE}{'ours ms':>10}{'dense/ours':>12}"
+    for shape in SHAPES:
+        most = make_data(*shape, max(TOKENS), L0)
+        for n in (*FEW[::2], *TOKENS):
+            data = most.first(n)
+            times = compare(clamps(data), seconds)
+            yield (f"{shape[0]:6d}{shape[1]:7d}{n:7d}{data.counts()[0]:7.1f}{ms(times['ours']):10.2f}"
+                   f"{ratio(times, 'dense', 'ours'):12.2f}")
+
+
+def clamps(data: Data) -> dict[str, Call]:
+    """A clamp of all features, made ready as a hook does, and the dense one."""
+    values, acts, m = torch.linspace(0, 0.1, len(data.W_enc)), dense_encoder(data), len(data.W_enc)
+    rows = Rows(data.W_enc, data.b_enc, data.threshold, data.W_dec, gain=torch.full((1, 1, m), -1.0),
+                shift=values.view(1, 1, m), only_if_active=False, reads=True, for_all=(-1.0, values @ data.W_dec))
+    ways = {"ours": lambda: rows.of_many(data.x), "dense": lambda: (values - acts(data.x)) @ data.W_dec}
+    check_same({"change": ways["ours"]()}, {"change": ways["dense"]()})
+    return ways
 
 
 @torch.enable_grad()
