@@ -63,8 +63,8 @@ class Edit:
 
     @property
     def gain_of_all(self) -> float | None:
-        """The gain of all features in all rows, if that is one number and MANY features or more are read."""
-        if len(self.features) < MANY or self.only_if_active or self.op == "add" or len(self.values) > 1:
+        """The gain of all features in all rows, if that is one number and they are MANY or more."""
+        if len(self.features) < MANY or self.only_if_active or len(self.values) > 1:
             return None
         least, most = self.gain.aminmax()
         return float(least) if least == most else None

@@ -86,16 +86,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x if W_rows.requires_grad else None, W_rows if x.requires_grad else None)
-        ctx.dtypes = x.dtype, W_rows.dtype, bias.dtype
         return linear(x, W_rows, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, W_rows), (of_x, of_rows, of_bias) = ctx.saved_tensors, ctx.dtypes
+        x, W_rows = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            to_x = None if W_rows is None else (grad @ cast(W_rows, grad.dtype)).to(of_x)
-            to_rows = None if x is None else (grad.T @ cast(x, grad.dtype)).to(of_rows)
-        return to_x, to_rows, grad.sum(0).to(of_bias) if ctx.needs_input_grad[2] else None
+            to_x = None if W_rows is None else grad @ cast(W_rows, grad.dtype)
+            to_rows = None if x is None else grad.T @ cast(x, grad.dtype)
+        return to_x, to_rows, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _Active(torch.autograd.Function):
@@ -108,14 +107,12 @@ class _Active(torch.autograd.Function):
         else:
             tokens, features, values = find_largest(x, W_rows, bias, gate)
         where = starts_of(tokens, len(x)), tokens.int(), features.int()
-        ctx.mark_non_differentiable(*where)
         ctx.save_for_backward(*where, W_rows)
-        ctx.dtype = x.dtype
         return values, *where
 
     @staticmethod
     def backward(ctx: Any, to_values: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
-        return _sums(to_values, *ctx.saved_tensors).to(ctx.dtype), None, None, None
+        return _sums(to_values, *ctx.saved_tensors), None, None, None
 
 
 class _Sums(torch.autograd.Function):

@@ -65,12 +65,14 @@ def test_under_a_splice_the_edited_features_are_decoded(attached, sae, taken):
 
 @pytest.mark.parametrize("values", [
     {"scale": {f: f / 10 for f in FEATURES}},
+    {"clamp": {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, 3.0])}},
     {"clamp": {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, NAN])}},
     {"clamp": {**VALUES["clamp"], 5: torch.tensor([NAN])}},
     {"clamp": dict(list(VALUES["clamp"].items())[:49])},
     {"add": VALUES["clamp"]},
     {"clamp": VALUES["clamp"], "only_if_active": True},
-], ids=["several gains", "a strength a row", "a feature left untouched", "few features", "nothing read", "if active"])
+], ids=["several gains", "a strength a row", "a row left untouched", "a feature left untouched", "few features",
+        "nothing read", "if active"])
 @torch.no_grad()
 def test_other_edits_go_the_way_of_few_features(attached, sae, taken, values):
     (op, strengths), *more = values.items()
@@ -113,13 +115,24 @@ def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypa
     assert taken == ["reconstruct_with_gradient"]
 
 
-@torch.no_grad()
-def test_what_is_not_finite_stays_with_its_token(sae, taken):
-    made = edit("clamp", SITE, VALUES["clamp"])
-    picked = list(FEATURES)
-    rows = edits.Rows(sae.W_enc.T[picked], sae.b_enc[picked], sae.threshold[picked], sae.W_dec[picked],
+def rows_of(sae):
+    """The clamp, made ready."""
+    made, picked = edit("clamp", SITE, VALUES["clamp"]), list(FEATURES)
+    return edits.Rows(sae.W_enc.T[picked], sae.b_enc[picked], sae.threshold[picked], sae.W_dec[picked],
                       made.gain[:, None], made.shift[:, None], made.only_if_active, made.reads,
                       for_all=(made.gain_of_all, made.shift[0] @ sae.W_dec[picked]))
+
+
+def test_torch_func_sees_plain_operations(sae, taken):
+    rows, seen = rows_of(sae), []
+    torch.func.vmap(lambda x: seen.append(rows.of_many(x)) or x)(torch.ones(2, 3, 32))
+    assert seen == [None]
+    assert not taken
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_with_its_token(sae, taken):
+    rows = rows_of(sae)
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
     x[1, 2, 3] = torch.nan
     found, wanted = rows.of_many(x), rows.change(rows.acts(x), 1, 3) @ rows.W_dec

@@ -268,11 +268,12 @@ def test_crowded_features_are_left_to_dense_products(monkeypatch):
 
 def test_small_products_and_devices_that_were_not_tried_are_left_to_plain_operations(monkeypatch):
     sae, x = make(), some(N, D_IN)
-    for name, value, sparse in (("SMALL", N * D_IN * D_SAE - 1, True), ("SMALL", N * D_IN * D_SAE, False),
-                                ("FOLLOWED_ON", ("mps",), False)):
+    for n, name, value, sparse in ((N, "SMALL", N * D_IN * D_SAE - 1, True), (N, "SMALL", N * D_IN * D_SAE, False),
+                                   (1, "SMALL", 8 * D_IN * D_SAE - 1, True), (1, "SMALL", 8 * D_IN * D_SAE, False),
+                                   (N, "FOLLOWED_ON", ("mps",), False)):
         with monkeypatch.context() as limits:
             limits.setattr(gradients, name, value)
-            assert is_sparse(sae(x)) == sparse
+            assert is_sparse(sae(x[:n])) == sparse
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -295,8 +296,9 @@ def test_pre_activations_are_the_same_bits_and_one_operation_to_autograd(tiled, 
         assert torch.equal(pre, sae.pre_activations(x))
     assert {t.data_ptr() for t in kept} <= {sae.W_enc.data_ptr(), x.data_ptr()}, "rows are kept widened"
     torch.testing.assert_close(grad(pre.square().sum(), x)[0], 2 * pre.detach() @ sae.W_enc.T.float())
-    if dtype == torch.float32 and tiles.CPU_TOKENS == 3:
+    if dtype == torch.bfloat16 or tiles.CPU_TOKENS == 3:
         assert "_Linear" in str(pre.grad_fn)
+        assert [t.data_ptr() for t in kept] == [sae.W_enc.data_ptr()]
 
 
 def test_pre_activations_have_derivatives_of_higher_orders(monkeypatch):
@@ -306,11 +308,24 @@ def test_pre_activations_have_derivatives_of_higher_orders(monkeypatch):
     assert gradgradcheck(kernels.pre_activations, (x, rows, bias))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
+def test_torch_func_sees_their_plain_operations(monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_TOKENS", 2)
+    x, rows, bias = some(3, 4), some(5, 4, seed=2), some(5, seed=3)
+    each = torch.func.vmap(kernels.pre_activations, in_dims=(0, None, None))(torch.stack([x, 2 * x]), rows, bias)
+    torch.testing.assert_close(each[1], 2 * x @ rows.T + bias)
+    _, tangent = torch.func.jvp(lambda x: kernels.pre_activations(x, rows, bias), (x,), (x,))
+    torch.testing.assert_close(tangent, x @ rows.T)
+
+
 # --- how many are active
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (1, 1), (200, 3000)])
-def test_the_share_that_is_above_is_that_of_pairs_that_lie_evenly_apart(n, m):
+def test_the_share_that_is_above_is_that_of_pairs_that_lie_evenly_apart(n, m, monkeypatch):
+    taken = []
+    monkeypatch.setattr(signs, "affine", lambda x, *to: taken.append(len(x) * len(to[0])) or tiles.affine(x, *to))
     x, rows = torch.ones(n, 1), torch.arange(m).float()[:, None]
     found = signs.share_above(x, rows, torch.zeros(m), torch.full((m,), m * 0.75), (8, 128))
     assert found == pytest.approx(0.25 if n == 200 else 0.0, abs=0.02)
+    assert sum(taken) <= 2 * 8 * 2 * 128
