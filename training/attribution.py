@@ -44,8 +44,7 @@ def importance_uniformity(sae: SAE, x: Tensor, gradient: Tensor) -> Tensor:
     """
     indptr, indices, values = sae.encode_sparse(x)
     rows = torch.repeat_interleave(torch.arange(len(x), device=x.device), indptr.diff())
-    slopes = kernels.linear(gradient, sae.W_dec, torch.zeros_like(sae.b_enc))
-    size = (values * slopes[rows, indices]).abs().double()
+    size = (values * kernels.dots(indptr, rows, indices, gradient, sae.W_dec)).abs().double()
     nothing = size.new_zeros(len(x))
     p = size / nothing.index_add(0, rows, size)[rows]
     entropy = -nothing.index_add(0, rows, torch.xlogy(p, p))
