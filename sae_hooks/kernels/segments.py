@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tiles import cast, wants_gradient, wide
+from .tiles import CPU_WIDENED, GPU_WIDENED, cast, slices, wants_gradient, wide
 
 TRITON_ON = ("cuda",)  # kinds of device
+FEWEST_COLUMNS = 16  # of rows of half precision that are widened at once
 MOST_KEPT = 0.9  # share of entries from which leaving out the others is not worth it
 
 
@@ -92,11 +94,21 @@ def _summed(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tens
         table = table.detach()  # beside a tensor that wants gradients PyTorch prepares for a backward pass
     if len(ids) == 0:
         return torch.zeros(len(starts) - 1, table.shape[1], dtype=dtype, device=table.device)
-    if table.dtype != dtype:  # widen only the rows that are taken
-        used, ids = torch.unique(ids, return_inverse=True)
-        table, ids = table[used].to(dtype), ids.to(starts.dtype)
-    return F.embedding_bag(ids, table, starts, mode="sum", per_sample_weights=weights,
-                           include_last_offset=True)
+    ids, parts = _widened(ids, table, dtype)
+    sums = [F.embedding_bag(ids, part, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+            for _, part in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+
+
+def _widened(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
+    """(ids, (columns, table[:, columns] in dtype)): where that is another one, of the rows alone that are taken, which
+    the new ids number, and of so many columns at a time that they stay in the cache."""
+    if table.dtype == dtype:
+        return ids, iter([(slice(None), table)])
+    used, numbers = torch.unique(ids, return_inverse=True)
+    most = max((CPU_WIDENED if table.is_cpu else GPU_WIDENED) // max(len(used), 1), FEWEST_COLUMNS)
+    parts = ((c, table[:, c].index_select(0, used).to(dtype)) for c in slices(table.shape[1], most))
+    return numbers.to(ids.dtype), parts
 
 
 def _without_zeros(starts: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,19 +125,19 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
     """by_row[rows[j]] . by_id[ids[j]] of every entry j, whose rows ascend and are those of `starts`; no id twice in a
     row. by_row (n, d) and by_id (m, d) are of any dtype; the result is float32 or float64, as `wide` has it."""
     if (triton := triton_for(by_id, by_row)) is not None:
-        products: Tensor = triton.dots(starts, rows, ids, by_row, by_id)
-        return products
+        found: Tensor = triton.dots(starts, rows, ids, by_row, by_id)
+        return found
     dtype = wide(by_row, by_id)
-    if by_id.dtype != dtype:
-        used, ids = torch.unique(ids, return_inverse=True)
-        by_id, ids = by_id[used], ids.to(starts.dtype)
-    with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, and unchecked, each once a process
-        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-        zeros = torch.zeros(len(ids), dtype=dtype, device=ids.device)
-        pattern = torch.sparse_csr_tensor(starts, ids, zeros, size=(len(by_row), len(by_id)), check_invariants=False)
-    left, right = cast(by_row, dtype).contiguous(), cast(by_id, dtype)
-    sampled: Tensor = torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0).values()
-    return sampled
+    by_row = cast(by_row, dtype)
+    products = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+    ids, parts = _widened(ids, by_id, dtype)
+    for c, part in parts:
+        with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, and unchecked, each once a process
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
+            size = len(by_row), len(part)
+            pattern = torch.sparse_csr_tensor(starts, ids, products, size=size, check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, by_row[:, c].contiguous(), part.t()).values()
+    return products
 
 
 def remove_along(grad: Tensor, rows: Tensor) -> None:

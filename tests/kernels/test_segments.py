@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_hooks.kernels import segments
-from sae_hooks.kernels.segments import stable_order, starts_of, weighted_sums
+from sae_hooks.kernels.segments import dots, stable_order, starts_of, weighted_sums
 
 
 @pytest.mark.parametrize("n", [1, 7, 300, 2**16, 2**16 + 1, 2**20])
@@ -41,3 +41,43 @@ def test_weights_that_want_a_gradient_keep_all_entries():
     assert weights.grad.tolist() == [3.0, 5.0]
     with torch.no_grad():
         assert weighted_sums(torch.tensor([0, 2]), torch.tensor([0, 1]), weights, table).tolist() == [[10.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("widened", "columns"), [(10**6, [19]), (60, [4, 5, 5, 5]), (1, [3, 4, 4, 4, 4])])
+def test_rows_of_another_dtype_that_are_taken_are_widened_some_columns_at_a_time(dtype, widened, columns, monkeypatch):
+    monkeypatch.setattr(segments, "CPU_WIDENED", widened)
+    monkeypatch.setattr(segments, "FEWEST_COLUMNS", 4)
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(50, (200,), generator=random).sort().values
+    ids, weights = 3 * torch.randint(10, (200,), generator=random), torch.randn(200, generator=random)
+    table, x = torch.randn(30, 19, generator=random).to(dtype), torch.randn(50, 19, generator=random).to(dtype)
+    table[1::3] = torch.nan
+    starts = starts_of(rows, 50)
+    bag, product, taken = segments.F.embedding_bag, torch.sparse.sampled_addmm, []
+    monkeypatch.setattr(segments.F, "embedding_bag", lambda i, t, *of, **how: taken.append(t) or bag(i, t, *of, **how))
+    monkeypatch.setattr(torch.sparse, "sampled_addmm", lambda p, x, t: taken.append(t.T) or product(p, x, t))
+    sums, products = weighted_sums(starts, ids.int(), weights, table), dots(starts, rows, ids.int(), x, table)
+    assert sums.dtype == products.dtype == torch.float32
+    wanted = torch.zeros(50, 19).double().index_add_(0, rows, weights.double()[:, None] * table.double()[ids])
+    torch.testing.assert_close(sums.double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(products.double(), (x.double()[rows] * table.double()[ids]).sum(1), rtol=0, atol=1e-4)
+    if dtype == torch.float32:
+        assert all(t.data_ptr() == table.data_ptr() for t in taken)
+    else:
+        assert [tuple(t.shape) for t in taken] == [(10, width) for width in columns] * 2
+
+
+@pytest.mark.parametrize("wanting", ["weights", "table"])
+def test_gradients_pass_through_columns_that_are_widened(wanting, monkeypatch):
+    monkeypatch.setattr(segments, "CPU_WIDENED", 1)
+    monkeypatch.setattr(segments, "FEWEST_COLUMNS", 2)
+    random = torch.Generator().manual_seed(0)
+    given = {"weights": torch.randn(3, generator=random), "table": torch.randn(4, 5, generator=random).half()}
+    given[wanting].requires_grad_()
+    ids, along = torch.tensor([2, 0, 2]), torch.randn(2, 5, generator=random)
+    (weighted_sums(torch.tensor([0, 2, 3]), ids, **given) * along).sum().backward()
+    wide = {name: t.detach().float().requires_grad_() for name, t in given.items()}
+    parts = wide["weights"][:, None] * wide["table"][ids]
+    (torch.stack([parts[0] + parts[1], parts[2]]) * along).sum().backward()
+    torch.testing.assert_close(given[wanting].grad.float(), wide[wanting].grad, rtol=1e-2, atol=1e-2)
