@@ -27,6 +27,7 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slo
 LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
 FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
 THIN = range(8 if AVX512 else 5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
+THIN_WIDENED = range(16, 65 if AVX512 else 16)  # ... also of rows that were just widened, ...
 THINNER = range(4, 8 if AVX512 else 4)  # ... and for these if sides stay as they are, ...
 FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these MKL from several places in the rows, ...
 FEWEST_OF = 2**12 if AVX512 else math.inf  # ... where the tokens have fewer numbers
@@ -222,26 +223,28 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
     wide_rows = x.new_empty(most, d_in)
     for f in slices(m, most):
         part = wide_rows[:f.stop - f.start].copy_(rows[f])
-        if (product := affine_otherwise(x, part, bias[f])) is not None:
+        if (product := affine_otherwise(x, part, bias[f], THIN_WIDENED)) is not None:
             out[:, f] = product
         else:
             torch.addmm(bias[f], x, part.T, out=out[:, f])
     return out
 
 
-def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor | None:
-    """affine of x and rows of one dtype on a CPU, where a plain product is not the quickest way; else None."""
-    is_large = rows.numel() >= LARGE
-    if not x.is_cpu or not (is_large or is_much(x, rows)):
+def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, thin: range = range(0)) -> Tensor | None:
+    """affine of x and rows of one dtype on a CPU, where a plain product is not the quickest way; else None. thin: the
+    numbers of tokens for which oneDNN takes the sides swapped (THIN, where rows are large), if nobody traces."""
+    n, is_large = len(x), rows.numel() >= LARGE
+    thin = THIN if is_large else thin
+    if not x.is_cpu or not (is_large or (thin and n in thin) or is_much(x, rows)):
         return None
-    n, x = len(x), x.contiguous()  # what lies otherwise takes products up to hundreds of times as long
+    x = x.contiguous()  # what lies otherwise takes products up to hundreds of times as long
     if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the others have none
         if is_large and n in FEWEST and x.numel() < FEWEST_OF and len(rows) % PLACES == 0 and MKL:
             return affine_from_places(x, rows, bias)
         if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
-            if is_large and n in THIN:
+            if n in thin:
                 return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-            if n in THINNER or is_much(x, rows):
+            if (is_large and n in THINNER) or is_much(x, rows):
                 return by_onednn(x, rows, bias.contiguous())
     if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()

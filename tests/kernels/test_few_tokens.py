@@ -13,8 +13,10 @@ from sae_hooks.kernels import tiles
 needs_onednn = pytest.mark.skipif(not tiles.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 needs_mkl = pytest.mark.skipif(not tiles.MKL, reason="this build of torch has no MKL")
 BY_ONEDNN, BY_MKL = (9, 16, 64), (1, 2, 3, 4, 5, 65, 128, 129)
-RANGES = {"AVX2": {"THIN": range(5, 65), "THINNER": range(0), "FEWEST": range(1, 4), "FEWEST_OF": math.inf},
-          "AVX-512": {"THIN": range(8, 65), "THINNER": range(4, 8), "FEWEST": range(1, 5), "FEWEST_OF": 4 * 48}}
+RANGES = {"AVX2": {"THIN": range(5, 65), "THIN_WIDENED": range(0), "THINNER": range(0), "FEWEST": range(1, 4),
+                   "FEWEST_OF": math.inf},
+          "AVX-512": {"THIN": range(8, 65), "THIN_WIDENED": range(16, 65), "THINNER": range(4, 8),
+                      "FEWEST": range(1, 5), "FEWEST_OF": 4 * 48}}
 FEATURES = (70, 72)  # the second can be read from four places
 
 
@@ -247,6 +249,7 @@ def test_rows_of_half_precision_are_widened_some_at_a_time_into_the_same_memory(
             widened.append((other.shape[1], other.data_ptr()))
         return plain(bias, x, other, **out)
 
+    monkeypatch.setattr(tiles, "THIN_WIDENED", range(0))
     monkeypatch.setattr(tiles, "CPU_WIDENED", 10 * 48 + 5)
     monkeypatch.setattr(tiles, "CPU_SIZE", 40 * n)  # two tiles of 35 features, each of them four times 9 or 8
     monkeypatch.setattr(torch, "addmm", noted)
@@ -274,6 +277,19 @@ def test_rows_that_were_widened_are_left_to_onednn_as_others_are(calls, dtype, m
         torch.testing.assert_close(got, product(x, rows.to(dtype), bias), rtol=0, atol=2e-5)
     assert [len(given[1]) for given in calls] == [10] * 14
     assert all(t.is_contiguous() for given in calls for t in given)
+
+
+@needs_onednn
+@pytest.mark.parametrize("n", [15, 16, 64, 65])
+def test_of_few_tokens_they_are_with_the_sides_swapped(calls, n, monkeypatch):
+    for name, value in {"CPU_WIDENED": 10 * 48, "LARGE": math.inf}.items():
+        monkeypatch.setattr(tiles, name, value)
+    x, rows, bias = parts(n)
+    kernels.linear(x, rows, bias)  # not widened
+    assert not calls
+    got = kernels.linear(x, rows.half(), bias)
+    torch.testing.assert_close(got, product(x, rows.half(), bias), rtol=0, atol=2e-5)
+    assert [(len(left), len(right)) for left, right, _ in calls] == [(10, n)] * (7 if n in tiles.THIN_WIDENED else 0)
 
 
 @pytest.mark.parametrize("wanting", range(3))
