@@ -1,7 +1,7 @@
 """What the tests of edits in a plain forward pass share: rows of ids, SAEs that fit a place, edits that matter."""
 
 import torch
-from core.reference import array, encode, ordinary, sample, seen
+from core.reference import FullEdit, array, edited, encode, ordinary, relative, sample, seen
 from tiny_models import ARCHITECTURES, MULTIMODAL, make_sae
 
 from sae_hooks import sites
@@ -42,3 +42,19 @@ def firing(sae, x):
     """The features that fire at most of the ordinary tokens, where x (3, 7, d) is read; most often first."""
     acts = torch.from_numpy(encode(sae, array(x)))[ordinary(IDS, MASK)]
     return (acts > 0).sum(0).sort(descending=True, stable=True).indices[:8].tolist()
+
+
+def hold_as_full_edit(model, sae, op, values, clean):
+    """An edit of an attached SAE changes what the full encode, edit and decode change, at the ordinary tokens alone;
+    clean is what stands there without it."""
+    with FullEdit(model, sae, lambda acts: edited(acts, op, values), read=sae.site, write=sae.site_out):
+        (want,), want_logits = outcome(model, sae.site_out)
+    with getattr(model.saes, op)(values) as handle:
+        (got,), logits = outcome(model, sae.site_out)
+    assert relative(got, want) < 1e-5
+    assert relative(logits, want_logits) < 1e-5
+    assert relative(got, clean) > 1e-3
+    chosen = ordinary(IDS, MASK)
+    assert handle.positions_edited == chosen.sum()
+    special = (~chosen).reshape(got.shape[:-1]) if got.ndim == 3 else (~chosen).flatten()
+    assert torch.equal(got[special], clean[special])

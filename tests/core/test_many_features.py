@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from core.reference import FullEdit, edited, ordinary, relative, sample
-from core.steering import EVERY, IDS, MASK, NAN, SITE, made_for, outcome
+from core.reference import FullEdit, edited, relative, sample
+from core.steering import EVERY, IDS, NAN, SITE, hold_as_full_edit, made_for, outcome
 
 from sae_hooks import SAE, EditError, attach_saes, edits, kernels, sites
 from sae_hooks.edits import check, edit
@@ -38,18 +38,8 @@ def test_they_change_what_the_full_encode_and_decode_change(
     sae = made_for(model, kind)
     (clean,), _ = outcome(model, sae.site_out)
     attach_saes(model, sae)
-    chosen = ordinary(IDS, MASK)
     for op, values in VALUES.items():
-        with FullEdit(model, sae, lambda a, op=op, v=values: edited(a, op, v), read=sae.site, write=sae.site_out):
-            (want,), want_logits = outcome(model, sae.site_out)
-        with getattr(model.saes, op)(values) as handle:
-            (got,), logits = outcome(model, sae.site_out)
-        assert relative(got, want) < 1e-5
-        assert relative(logits, want_logits) < 1e-5
-        assert relative(got, clean) > 1e-3
-        assert handle.positions_edited == chosen.sum()
-        special = (~chosen).reshape(got.shape[:-1]) if got.ndim == 3 else (~chosen).flatten()
-        assert torch.equal(got[special], clean[special])
+        hold_as_full_edit(model, sae, op, values, clean)
     assert taken == ["reconstruct"] * 2
 
 

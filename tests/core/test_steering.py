@@ -3,7 +3,7 @@
 import pytest
 import torch
 from core.reference import FullEdit, array, edited, encode, ordinary, relative, sample
-from core.steering import EVERY, IDS, MASK, SITE, STRENGTHS, firing, made_for, outcome, strengths
+from core.steering import EVERY, IDS, MASK, SITE, STRENGTHS, firing, hold_as_full_edit, made_for, outcome, strengths
 
 from sae_hooks import EditError, attach_saes, sites
 from sae_hooks.kernels import decoding
@@ -15,26 +15,13 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 @pytest.mark.parametrize("architecture", EVERY)
 def test_k_rows_of_k_features_change_what_the_full_encode_and_decode_change(
         architecture, kind, random_model):
-    # given: an SAE at the site, and what the model computes without it
     model = random_model(architecture)
     sae = made_for(model, kind)
     (clean,), clean_logits = outcome(model, sae.site_out)
     attach_saes(model, sae)
-    chosen, features = ordinary(IDS, MASK), firing(sae, sample(model, sae.site, IDS))
+    features = firing(sae, sample(model, sae.site, IDS))
     for op in STRENGTHS:
-        values = strengths(op, features)
-        with FullEdit(model, sae, lambda a, op=op, v=values: edited(a, op, v), read=sae.site, write=sae.site_out):
-            (want,), want_logits = outcome(model, sae.site_out)
-        # when
-        with getattr(model.saes, op)(values) as handle:
-            (got,), logits = outcome(model, sae.site_out)
-        # then
-        assert relative(got, want) < 1e-5
-        assert relative(logits, want_logits) < 1e-5
-        assert relative(got, clean) > 1e-3
-        assert handle.positions_edited == chosen.sum()
-        special = (~chosen).reshape(got.shape[:-1]) if got.ndim == 3 else (~chosen).flatten()
-        assert torch.equal(got[special], clean[special])
+        hold_as_full_edit(model, sae, op, strengths(op, features), clean)
     (after,), after_logits = outcome(model, sae.site_out)
     assert torch.equal(after, clean)
     assert torch.equal(after_logits, clean_logits)
