@@ -137,8 +137,11 @@ class SAE(nn.Module):
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
-        gate = self._gate
-        return pre * (pre > gate) if isinstance(gate, Tensor) else kernels.topk_gate(pre, gate)
+        threshold = self._parameters.get("threshold")
+        if threshold is not None:
+            return pre * (pre > threshold)
+        assert self.k is not None
+        return kernels.topk_gate(pre, self.k)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
