@@ -244,7 +244,7 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, thin: range = range(
         if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
             if n in thin:
                 return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-            if (is_large and n in THINNER) or is_much(x, rows):
+            if n in THINNER or is_much(x, rows):
                 return by_onednn(x, rows, bias.contiguous())
     if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
         return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
