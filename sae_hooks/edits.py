@@ -165,7 +165,7 @@ class Rows:
     (rows, 1, k).
 
     All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode.
-    for_all: of many features, where that is so, the one gain of all and shift @ W_dec (d_out).
+    for_all: where many features have one gain, that and shift @ W_dec (d_out).
     """
 
     W_enc: Tensor
@@ -199,7 +199,7 @@ class Rows:
             return None
         gain, shift = self.for_all
         parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, torch.zeros_like(shift)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if kernels.wants_gradient(x):
             x_hat = kernels.reconstruct_with_gradient(*parts)
         else:
             x_hat = kernels.reconstruct(*parts) if kernels.is_bare(x) else None
@@ -215,7 +215,7 @@ class Rows:
         positions = x.numel() // x.shape[-1]
         if len(self.gain) > 1 or positions * features > AT_ONCE or old.numel() != positions * d_out:
             return None
-        if not (kernels.is_bare(x) and kernels.is_bare(old)):
+        if not kernels.is_bare(x, old):
             return None
         edited: Tensor = triton.edit_few(x, self.W_enc if self.reads else None, self.b_enc, self.threshold, self.W_dec,
                                          self.gain, self.shift, self.only_if_active, old, chosen)

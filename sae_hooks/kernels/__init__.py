@@ -18,7 +18,7 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import affine, at_once, cast, is_bare, linear, slices, wide
+from .tiles import affine, at_once, cast, is_bare, linear, slices, wants_gradient, wide
 from .triplets import Csr, Triplets, compressed
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "starts_of",
     "topk_gate",
     "triton_for",
+    "wants_gradient",
     "weighted_sums",
     "wide",
 ]

@@ -26,9 +26,8 @@ PROBED = 8, 128  # tokens and features that tell how many are active
 def pre_activations(x: Tensor, W_rows: Tensor, bias: Tensor) -> Tensor:
     """What `linear` makes of x (n, d_in), bit for bit: (n, d_sae), which autograd follows as one operation. Else it
     would make gradients of full size for each tile, and keep rows of half precision widened."""
-    if is_one_tile(x, W_rows) and x.dtype == W_rows.dtype:
-        return linear(x, W_rows, bias)
-    if torch.compiler.is_compiling() or not wants_gradient(x, W_rows, bias) or not _are_bare(x, W_rows, bias):
+    is_one = is_one_tile(x, W_rows) and x.dtype == W_rows.dtype
+    if is_one or torch.compiler.is_compiling() or not wants_gradient(x, W_rows, bias) or not is_bare(x, W_rows, bias):
         return linear(x, W_rows, bias)
     pre: Tensor = _Linear.apply(x, W_rows, bias)  # type: ignore[no-untyped-call]
     return pre
@@ -38,7 +37,7 @@ def encode_with_gradient(x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor |
     """`encode_sparse` of x (n, d_in), where gate is the threshold (d_sae), or `encode_topk`, where it is k; autograd
     follows the values. None where it is not x alone that wants a gradient, or plain operations are quicker: for small
     products, and where many features are active."""
-    if not _is_followed(x, W_rows, bias) or _is_plainer(x, W_rows, bias, gate):
+    if not _is_followed(x, W_rows, bias) or _plain_is_quicker(x, W_rows, bias, gate):
         return None
     values, starts, _, features = _Active.apply(x, W_rows, bias, gate)  # type: ignore[no-untyped-call]
     return starts.long(), features.long(), values
@@ -48,7 +47,7 @@ def reconstruct_with_gradient(
     x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor | int, W_dec: Tensor, b_dec: Tensor
 ) -> Tensor | None:
     """`reconstruct` of x (n, d_in), or `reconstruct_topk`, likewise: (n, d_out), or None."""
-    if not _is_followed(x, W_rows, bias, W_dec, b_dec) or _is_plainer(x, W_rows, bias, gate):
+    if not _is_followed(x, W_rows, bias, W_dec, b_dec) or _plain_is_quicker(x, W_rows, bias, gate):
         return None
     dtype = wide(x, W_rows)
     active = _Active.apply(x, W_rows, bias, gate)  # type: ignore[no-untyped-call]
@@ -61,15 +60,11 @@ def _is_followed(x: Tensor, *weights: Tensor) -> bool:
     """Whether autograd is to give a gradient to x, and to none of the weights, and nobody else must know of it."""
     if torch.compiler.is_compiling() or not wants_gradient(x) or wants_gradient(*weights):
         return False
-    return x.device.type in FOLLOWED_ON and _are_bare(x, *weights)
-
-
-def _are_bare(*tensors: Tensor) -> bool:
-    return all(map(is_bare, tensors))
+    return x.device.type in FOLLOWED_ON and is_bare(x, *weights)
 
 
 @torch.no_grad()
-def _is_plainer(x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor | int) -> bool:
+def _plain_is_quicker(x: Tensor, W_rows: Tensor, bias: Tensor, gate: Tensor | int) -> bool:
     """Whether plain operations are the quicker way: little is to be done, or many features are active, as some tell."""
     small, most = (SMALL, CROWDED) if x.is_cpu else (GPU_SMALL, GPU_CROWDED)
     if max(len(x), LEAST) * W_rows.numel() <= small:

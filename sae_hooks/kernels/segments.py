@@ -101,8 +101,8 @@ def _summed(starts: Tensor, ids: Tensor, weights: Tensor, table: Tensor) -> Tens
 
 
 def _widened(ids: Tensor, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Iterator[tuple[slice, Tensor]]]:
-    """(ids, (columns, table[:, columns] in dtype)): where that is another one, of the rows alone that are taken, which
-    the new ids number, and of so many columns at a time that they stay in the cache."""
+    """(ids (entries), (columns, table[:, columns] in dtype)) of a table (m, d): where it has another dtype, of the rows
+    alone that are taken, which the new ids number, and of so many columns at a time that they stay in the cache."""
     if table.dtype == dtype:
         return ids, iter([(slice(None), table)])
     used, numbers = torch.unique(ids, return_inverse=True)

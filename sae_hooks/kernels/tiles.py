@@ -57,14 +57,15 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def is_bare(x: Tensor) -> bool:
-    """Whether x is numbers in memory and no more: carries no tangent (forward-mode derivatives), nor stands for other
+def is_bare(*tensors: Tensor) -> bool:
+    """Whether each is numbers in memory and no more: has no tangent (forward-mode derivatives), nor stands for other
     tensors (torch.func.vmap). Only such may be written into memory that is there, or given to numpy."""
     try:
-        x.data_ptr()
+        for t in tensors:
+            t.data_ptr()
     except RuntimeError:
         return False
-    return unpack_dual(x).tangent is None  # type: ignore[no-untyped-call]
+    return all(unpack_dual(t).tangent is None for t in tensors)  # type: ignore[no-untyped-call]
 
 
 def slices(length: int, most: int) -> Iterator[slice]:
@@ -134,7 +135,7 @@ def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
     """Whether neither autograd nor torch.compile nor torch.func must know what is done with these."""
     if torch.compiler.is_compiling():
         return False
-    return not wants_gradient(x, W_rows, bias) and all(map(is_bare, (x, W_rows, bias)))
+    return not wants_gradient(x, W_rows, bias) and is_bare(x, W_rows, bias)
 
 
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor, most: Most | None = None) -> Tensor | None:

@@ -89,7 +89,9 @@ def test_topk_saes_go_the_way_of_few_features(model, random_sae, taken):
 @pytest.mark.parametrize("followed", [True, False])
 def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypatch):
     """Through what is active, and where that is left to plain operations."""
-    for name, value in (("SMALL", 0 if followed else 2**62), ("CROWDED", 1.0)):
+    backward = []
+    for name, value in (("SMALL", 0 if followed else 2**62), ("CROWDED", 1.0),
+                        ("dots", lambda *of: (backward.append(of), kernels.dots(*of))[1])):
         monkeypatch.setattr(gradients, name, value)
 
     def gradient():
@@ -100,6 +102,7 @@ def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypa
 
     found = gradient()
     assert taken == ["reconstruct_with_gradient"]
+    assert len(backward) == followed
     monkeypatch.setattr(edits, "MANY", 1000)
     assert relative(found, gradient()) < 1e-5
     assert taken == ["reconstruct_with_gradient"]
