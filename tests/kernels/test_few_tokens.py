@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from sae_hooks import kernels
@@ -194,6 +195,22 @@ def test_tangents_are_those_of_the_product(calls, moved, n):
     got, want = (jvp(of(function), (at,), (along,))[1] for function in (kernels.linear, torch.nn.functional.linear))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert want.any()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("moved", range(3))
+def test_tangents_that_tensors_carry_themselves_are_kept(calls, places, n, moved):
+    """Of x, of the rows, of the bias: outside of torch.func nothing but the tangent tells."""
+    given = list(parts(n, m=72))
+    along = torch.randn(given[moved].shape, generator=torch.Generator().manual_seed(9))
+    with forward_ad.dual_level():
+        given[moved] = forward_ad.make_dual(given[moved], along)
+        got, want = (forward_ad.unpack_dual(function(*given)).tangent
+                     for function in (kernels.linear, torch.nn.functional.linear))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not calls
+    assert not places
 
 
 @pytest.mark.parametrize("n", [2, 8])
