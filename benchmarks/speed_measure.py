@@ -3,6 +3,7 @@
 It needs nothing but PyTorch, so that peers' environments, where sae_hooks is not, can use it.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,13 @@ Call = Callable[[], Any]
 
 
 def rounds(ways: Mapping[str, Callable[[], float]], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """What each way says of itself (its CPU seconds), in rounds that begin with another way each: as many as take about
-    so long, `least` to 200."""
-    names = list(ways)
+    """What each way says of itself (its CPU seconds), in rounds of another order each: as many as take about so long,
+    `least` to 200. By chance, for what a way finds in the caches depends on the one before it."""
+    names, chance = list(ways), random.Random(0)
     once = sum(ways[name]() for name in names)  # warms up, too
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(min(max(round(seconds / once), least), 200)):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+    for _ in range(min(max(round(seconds / once), least), 200)):
+        for name in chance.sample(names, len(names)):
             times[name].append(ways[name]())
     return times
 

@@ -139,7 +139,7 @@ class SAE(nn.Module):
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
         threshold = self._parameters.get("threshold")
         if threshold is not None:
-            return pre * (pre > threshold)
+            return kernels.gated(pre, threshold)
         assert self.k is not None
         return kernels.topk_gate(pre, self.k)
 
@@ -182,21 +182,20 @@ class SAE(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype, or the one given; gradients flow where x or
         the weights ask, at the cost of the active features where x alone does."""
-        if (pre := self._at_once(x, decoded=True)) is not None:
-            x_hat = _shaped(self.decode(self.gate(pre)), x)
+        own: Mapping[str, Any] = self._parameters
+        W_enc, b_enc, W_dec, b_dec = own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"]
+        rows = self._rows(x, W_enc.shape[0])
+        pre = kernels.at_once(rows, W_enc, b_enc) if kernels.decodes_at_once(rows, W_dec, b_dec) else None
+        if pre is not None:
+            out = torch.addmm(b_dec, self.gate(pre), W_dec)
+        elif self._needs_plain(x):
+            followed = kernels.reconstruct_with_gradient(rows, W_enc.T, b_enc, self._gate, W_dec, b_dec)
+            out = self.decode(self.encode(rows)) if followed is None else followed
+        elif isinstance(gate := self._gate, Tensor):
+            out = kernels.reconstruct(rows, W_enc.T, b_enc, gate, W_dec, b_dec)
         else:
-            own: Mapping[str, Any] = self._parameters
-            W_rows, b_enc, W_dec, b_dec, gate = own["W_enc"].T, own["b_enc"], own["W_dec"], own["b_dec"], self._gate
-            rows = self._rows(x, W_rows.shape[1])
-            if self._needs_plain(x):
-                out = kernels.reconstruct_with_gradient(rows, W_rows, b_enc, gate, W_dec, b_dec)
-                if out is None:
-                    out = self.decode(self.encode(rows))
-            elif isinstance(gate, Tensor):
-                out = kernels.reconstruct(rows, W_rows, b_enc, gate, W_dec, b_dec)
-            else:
-                out = kernels.reconstruct_topk(rows, W_rows, b_enc, gate, W_dec, b_dec)
-            x_hat = _shaped(out, x)
+            out = kernels.reconstruct_topk(rows, W_enc.T, b_enc, gate, W_dec, b_dec)
+        x_hat = _shaped(out, x)
         if self.W_skip is not None:
             x_hat = x_hat + self.skip(x)
         return kernels.cast(x_hat, dtype or x.dtype)
@@ -250,12 +249,11 @@ class SAE(nn.Module):
             return True
         return not torch.compiler.is_compiling() and not kernels.is_bare(x)
 
-    def _at_once(self, x: Tensor, decoded: bool = False) -> Tensor | None:
-        """Pre-activations (n, d_sae) of x (..., d_in), if they are few; decoded: and so is what they are decoded to."""
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """Pre-activations (n, d_sae) of x (..., d_in), if they are few."""
         own: Mapping[str, Any] = self._parameters  # read as attributes they take a microsecond each, here and above
-        W_enc, b_enc, W_dec = own["W_enc"], own["b_enc"], own["W_dec"]
-        rows = self._rows(x, W_enc.shape[0])
-        return None if decoded and not kernels.is_little(rows, W_dec) else kernels.at_once(rows, W_enc, b_enc)
+        W_enc = own["W_enc"]
+        return kernels.at_once(self._rows(x, W_enc.shape[0]), W_enc, own["b_enc"])
 
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """x (..., width) as (n, width)."""

@@ -4,10 +4,19 @@ Shapes: x (n, d_in), W_rows (d_sae, d_in) feature-major, W_dec (d_sae, d_out), C
 """
 
 from .custom_ops import OUTSIDE_CUDA_GRAPHS
-from .decoding import decode, decode_sparse, decoded_at_once, is_little, reconstruct, reconstruct_topk, splice_few
+from .decoding import (
+    decode,
+    decode_sparse,
+    decoded_at_once,
+    decodes_at_once,
+    is_little,
+    reconstruct,
+    reconstruct_topk,
+    splice_few,
+)
 from .encoding import encode, encode_sparse, encode_topk, find_above, nonzero_csr
 from .gradients import encode_with_gradient, pre_activations, reconstruct_with_gradient
-from .search import above, keep_largest, largest, topk_gate
+from .search import above, gated, keep_largest, largest, topk_gate
 from .segments import (
     adam_rows,
     dots,
@@ -34,12 +43,14 @@ __all__ = [
     "decode",
     "decode_sparse",
     "decoded_at_once",
+    "decodes_at_once",
     "dots",
     "encode",
     "encode_sparse",
     "encode_topk",
     "encode_with_gradient",
     "find_above",
+    "gated",
     "is_bare",
     "is_little",
     "keep_largest",

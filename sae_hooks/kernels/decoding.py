@@ -65,13 +65,14 @@ def reconstruct(
             parts = [decoded() for decoded in one_ahead(begun)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
     if triton is None and is_little(x, W_dec):
-        pre = linear(x, W_rows, bias)
-        return _dense(b_dec, pre * (pre > threshold), W_dec)
+        return _dense(b_dec, gated(linear(x, W_rows, bias), threshold), W_dec)
     if is_one_tile(x, W_rows):
-        found, nothing = _sparse_or_dense(x, W_rows, bias, threshold), nothing_or_nan(x, dtype)
+        found = _sparse_or_dense(x, W_rows, bias, threshold)
+        nothing = None if x.is_cpu else nothing_or_nan(x, dtype)  # a GPU does that before one waits for it
         part = found()
         if isinstance(part, Tensor):
             return _dense(b_dec, part, W_dec)
+        nothing = nothing_or_nan(x, dtype) if nothing is None else nothing
         return weighted_sums(*compressed(part, len(x)), W_dec, b_dec, nothing)
     return _reconstruct_in_tiles(x, W_rows, bias, threshold, W_dec, b_dec)
 
@@ -158,11 +159,16 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None:
     """What `decode` makes of acts (n, d_sae), (n, d_out), where that is little, as `at_once` has it; else None."""
-    if torch.compiler.is_compiling() or W_dec.dtype is not torch.float32 or b_dec.dtype is not torch.float32:
+    if torch.compiler.is_compiling() or not decodes_at_once(acts, W_dec, b_dec):
         return None
-    if not is_little(acts, W_dec) or torch.is_autocast_enabled(acts.device.type):
+    if torch.is_autocast_enabled(acts.device.type):
         return None
     return torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
+
+
+def decodes_at_once(x: Tensor, W_dec: Tensor, b_dec: Tensor) -> bool:
+    """Whether decoding the tokens of x (n, ...) is, but for torch.compile and torch.autocast, by one plain product."""
+    return W_dec.dtype is b_dec.dtype is torch.float32 and is_little(x, W_dec)
 
 
 @traceable(
@@ -199,7 +205,7 @@ def _decoded_whole(pre: Tensor, rest: Tensor | None, threshold: Tensor, W_dec: T
 def _gated(pre: Tensor, rest: Tensor | None, threshold: Tensor) -> Tensor:
     """All activations, in pre's memory, of what `unadded` gave."""
     acts = pre if rest is None else pre.add_(rest)
-    return gated(acts, exceeding(acts, threshold), acts)
+    return gated(acts, threshold, acts)
 
 
 def _sparse_or_dense(
@@ -245,7 +251,7 @@ def _marked_or_dense(
         return decided(found, threshold)
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
-    return gated(pre, marks, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
+    return gated(pre, threshold, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
 
 
 def nothing_or_nan(x: Tensor, dtype: torch.dtype) -> Tensor:

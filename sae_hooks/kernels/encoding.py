@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, traceable
 from .screen import decided, screened, screens
-from .search import above, exceeding, gated, largest, marked
+from .search import above, gated, largest, marked
 from .segments import triton_for
 from .signs import Signs, signs_for
 from .tiles import (
@@ -33,11 +33,10 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
     if is_one_tile(x, W_rows):
-        pre = affine(x, W_rows, bias)
-        return gated(pre, exceeding(pre, threshold))
+        return gated(affine(x, W_rows, bias), threshold)
     acts = bias.new_empty(len(x), len(W_rows))
     for t, f, pre in affine_tiles(x, W_rows, bias):
-        gated(pre, exceeding(pre, threshold[f]), acts[t, f])
+        gated(pre, threshold[f], acts[t, f])
     return acts
 
 

@@ -107,17 +107,60 @@ def test_all_but_the_largest_become_zero_with_their_gradients(found_by, shape):
     assert torch.equal(pre.grad, mask.float())
 
 
-def test_what_is_not_marked_becomes_zero_in_place_or_elsewhere(found_by):
-    pre = matrix(6, 90)
-    wanted = torch.where(pre > 0.5, pre, 0)
-    pre[1, 4], pre[2, 5], pre[3, 6] = torch.nan, torch.inf, -torch.inf
-    wanted[1, 4], wanted[2, 5], wanted[3, 6] = torch.nan, torch.inf, torch.nan
-    out = torch.empty(6, 100)[:, 5:95]
-    threshold = torch.full((90,), 0.5)
-    search.gated(pre, search.exceeding(pre, threshold), out)
-    torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
-    search.gated(pre, search.exceeding(pre, threshold), pre)
-    torch.testing.assert_close(pre, wanted, rtol=0, atol=0, equal_nan=True)
+@pytest.fixture(params=["signs", "marks", "elsewhere"])
+def gated_by(request, monkeypatch):
+    """Each way, whatever the size."""
+    monkeypatch.setattr(search, "FEW_GATED", 2**30 if request.param == "marks" else 0)
+    if request.param == "elsewhere":
+        monkeypatch.setattr(search, "on_cpu", lambda t: False)
+    return request.param
+
+
+def same_bits(found, wanted):
+    """Also of zeros of either sign; nan is nan."""
+    ints = {torch.float32: torch.int32, torch.float64: torch.int64}[wanted.dtype]
+    return torch.equal(found.isnan(), wanted.isnan()) and torch.equal(
+        torch.where(wanted.isnan(), 0, found).view(ints), torch.where(wanted.isnan(), 0, wanted).view(ints))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_above_becomes_zero_bit_for_bit_in_place_or_elsewhere(gated_by, dtype):
+    pre = matrix(40, 90, dtype)
+    threshold = torch.linspace(0, 1, 90).to(dtype)
+    threshold[5], threshold[6], pre[:, 7] = torch.inf, 1e-40, 1e-40  # never above; too small to be normal, both
+    pre[0] = threshold
+    pre[1, 4:7], pre[2, 4:7], pre[3, 4:7], pre[4, :9] = torch.nan, torch.inf, -torch.inf, -0.0
+    wanted = pre * (pre > threshold)
+    assert bool((wanted == 0).logical_and(wanted.signbit()).any())
+    assert bool(wanted[3, 4].isnan())
+    out = torch.empty(40, 100, dtype=dtype)[:, 5:95]
+    assert same_bits(search.gated(pre, threshold), wanted)
+    assert search.gated(pre, threshold, out).data_ptr() == out.data_ptr()
+    assert same_bits(out, wanted)
+    search.gated(pre, threshold, pre)
+    assert same_bits(pre, wanted)
+
+
+def test_what_is_gated_keeps_the_wider_dtype(gated_by):
+    pre, threshold = matrix(40, 90), torch.rand(90).double()
+    assert search.gated(pre, threshold).dtype == torch.float32
+    assert search.gated(pre.double(), threshold.float()).dtype == torch.float64
+    assert search.gated(pre.bfloat16(), threshold.float()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own forward mode
+def test_autograd_and_torch_func_follow_what_is_gated(gated_by):
+    pre, threshold, along = matrix(40, 90), torch.rand(90), matrix(40, 90, seed=1)
+
+    def gate(t):
+        return search.gated(t, threshold)
+
+    leaf = pre.clone().requires_grad_()
+    gate(leaf).backward(along)
+    assert torch.equal(leaf.grad, along * (pre > threshold))
+    assert torch.equal(torch.func.jvp(gate, (pre,), (along,))[1], along * (pre > threshold))
+    assert torch.equal(torch.func.vmap(gate)(pre), gate(pre))
+    assert torch.equal(torch.func.vjp(gate, pre)[1](along)[0], along * (pre > threshold))
 
 
 def test_a_row_of_nan_stays_seen(found_by):
