@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import Candidates, decided, screens
-from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, on_cpu
+from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, not_zero, on_cpu
 from .segments import triton_for, weighted_sums
 from .signs import Signs, signs_for
 from .tiles import (
@@ -149,7 +149,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     out = cast(b_dec, dtype).repeat(len(acts), 1)
     for t in held_together(acts, len(W_dec)):
         part = cast(acts[t], dtype)
-        active = part != 0
+        active = not_zero(part)
         if count(active) > _most(part, part.numel()):
             out[t] = _dense(out[t], part, W_dec)
         else:

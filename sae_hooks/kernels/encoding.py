@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .custom_ops import fake_csr, traceable
 from .screen import decided, screened, screens
-from .search import above, gated, largest, marked
+from .search import above, gated, largest, marked, not_zero
 from .segments import triton_for
 from .signs import Signs, signs_for
 from .tiles import (
@@ -111,7 +111,7 @@ def find_largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
 
 def nonzero_csr(acts: Tensor) -> Csr:
     """CSR of the non-zero entries of acts (n, d_sae)."""
-    return compressed(marked(acts, acts != 0), len(acts))
+    return compressed(marked(acts, not_zero(acts)), len(acts))
 
 
 def _in_tile(

@@ -42,6 +42,11 @@ def exceeding(pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.from_numpy(pre.detach().numpy() > threshold.detach().numpy())
 
 
+def not_zero(acts: Tensor) -> Tensor:
+    """Marks of what is not 0, also of nan."""
+    return torch.from_numpy(acts.detach().numpy() != 0) if by_numpy(acts) else acts != 0
+
+
 def gated(pre: Tensor, threshold: Tensor, out: Tensor | None = None) -> Tensor:
     """pre (tokens, features) where it is above threshold (features), elsewhere its product with 0, which keeps nan: in
     out, if that is given, which may be pre itself."""

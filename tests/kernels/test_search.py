@@ -107,6 +107,11 @@ def test_all_but_the_largest_become_zero_with_their_gradients(found_by, shape):
     assert torch.equal(pre.grad, mask.float())
 
 
+def test_what_is_not_zero_is_marked_nan_too(found_by):
+    acts = torch.tensor([[0.0, -0.0, 1.0, -2.0], [torch.nan, torch.inf, 1e-45, 0.0]], requires_grad=True)
+    assert search.not_zero(acts).tolist() == [[False, False, True, True], [True, True, True, False]]
+
+
 @pytest.fixture(params=["signs", "marks", "elsewhere"])
 def gated_by(request, monkeypatch):
     """Each way, whatever the size."""
