@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .screen import Candidates, decided, screens
-from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, not_zero, on_cpu
+from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, mask_, not_zero, on_cpu
 from .segments import triton_for, weighted_sums
 from .signs import Signs, signs_for
 from .tiles import (
@@ -65,7 +65,7 @@ def reconstruct(
             parts = [decoded() for decoded in one_ahead(begun)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
     if triton is None and is_little(x, W_dec):
-        return _dense(b_dec, gated(linear(x, W_rows, bias), threshold), W_dec)
+        return _dense(b_dec, _gated(linear(x, W_rows, bias), None, threshold), W_dec)
     if is_one_tile(x, W_rows):
         found = _sparse_or_dense(x, W_rows, bias, threshold)
         nothing = None if x.is_cpu else nothing_or_nan(x, dtype)  # a GPU does that before one waits for it
@@ -251,7 +251,7 @@ def _marked_or_dense(
         return decided(found, threshold)
     pre = affine(x, rows, bias, room=room)
     marks = exceeding(pre, threshold)
-    return gated(pre, threshold, pre) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
+    return mask_(pre, marks) if count(marks) > _most(pre, pre.numel()) else above(pre, threshold, marks)
 
 
 def nothing_or_nan(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,8 @@ def encode(x: Tensor, W_rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
     if is_one_tile(x, W_rows):
-        return gated(affine(x, W_rows, bias), threshold)
+        pre = affine(x, W_rows, bias)
+        return gated(pre, threshold, pre)
     acts = bias.new_empty(len(x), len(W_rows))
     for t, f, pre in affine_tiles(x, W_rows, bias):
         gated(pre, threshold[f], acts[t, f])

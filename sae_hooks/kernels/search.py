@@ -56,7 +56,8 @@ def gated(pre: Tensor, threshold: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         acts: Tensor = by_sign.default(pre, pre - threshold, 0.0, False)
         return acts
-    filled: Tensor = by_sign.grad_input(pre, pre - threshold, 0.0, False, grad_input=out)
+    rest = torch.sub(pre, threshold, out=None if out is pre else out)
+    filled: Tensor = by_sign.grad_input(pre, rest, 0.0, False, grad_input=out)
     return filled
 
 
@@ -65,6 +66,16 @@ def _has_quick_signs(pre: Tensor, threshold: Tensor) -> bool:
     if torch.compiler.is_compiling() or not on_cpu(pre) or pre.dtype is not threshold.dtype:
         return False
     return pre.numel() >= FEW_GATED and not pre.requires_grad
+
+
+def mask_(pre: Tensor, marks: Tensor) -> Tensor:
+    """pre gated by marks that are there already, in its own memory."""
+    if not by_numpy(pre):
+        return pre.mul_(marks)
+    values = pre.numpy()
+    with np.errstate(invalid="ignore"):  # of what is not finite
+        np.multiply(values, marks.numpy(), out=values)
+    return pre
 
 
 def count(marks: Tensor) -> int:

@@ -146,6 +146,16 @@ def test_what_is_not_above_becomes_zero_bit_for_bit_in_place_or_elsewhere(gated_
     assert same_bits(pre, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_marked_already_is_gated_in_place(found_by, dtype):
+    pre = matrix(40, 90, dtype)
+    pre[0, :2], pre[1, :2] = torch.nan, -torch.inf
+    marks = pre > 0.5
+    wanted = pre * marks
+    assert search.mask_(pre, marks) is pre
+    assert same_bits(pre, wanted)
+
+
 def test_what_is_gated_keeps_the_wider_dtype(gated_by):
     pre, threshold = matrix(40, 90), torch.rand(90).double()
     assert search.gated(pre, threshold).dtype == torch.float32
