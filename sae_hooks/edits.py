@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -164,8 +164,9 @@ class Rows:
     """An edit made ready for a device: W_enc (k, d_in), b_enc (k), threshold (k), W_dec (k, d_out), gain and shift
     (rows, 1, k).
 
-    All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode.
-    for_all: where many features have one gain, that and shift @ W_dec (d_out).
+    All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode, of
+    which `picked` (k) says which features count. for_all: where many features have one gain, that and shift @ W_dec
+    (d_out).
     """
 
     W_enc: Tensor
@@ -177,12 +178,20 @@ class Rows:
     only_if_active: bool
     reads: bool
     for_all: tuple[float, Tensor] | None = None
+    picked: Tensor | None = None
 
     def acts(self, x: Tensor) -> Tensor:
         """Activations (..., k) of the k features for x (..., d_in)."""
         assert self.threshold is not None
-        pre = torch.nn.functional.linear(x, self.W_enc, self.b_enc)
-        return pre * (pre > self.threshold)
+        return kernels.gated(torch.nn.functional.linear(x, self.W_enc, self.b_enc), self.threshold)
+
+    def topk_acts(self, x: Tensor, d_sae: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same where TopK couples all d_sae features, which `encode` computes, of some tokens at a time."""
+        assert self.picked is not None
+        tokens = x.reshape(-1, x.shape[-1])
+        some = list(kernels.held_together(tokens, d_sae)) or [slice(None)]
+        acts = torch.cat([encode(tokens[t]).index_select(1, self.picked) for t in some])
+        return acts.view(*x.shape[:-1], len(self.picked))
 
     def change(self, acts: Tensor | None, group: int, batch: int) -> Tensor:
         """new - old activations (batch, tokens, k), before tokens are chosen; each row is repeated `group` times."""
@@ -195,8 +204,9 @@ class Rows:
     def of_many(self, x: Tensor) -> Tensor | None:
         """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), never holding the activations (..., k). None
         where the edit has few features, or several gains, or plain operations are the better way."""
-        if self.for_all is None or self.threshold is None:
+        if self.for_all is None:
             return None
+        assert self.threshold is not None
         gain, shift = self.for_all
         parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, torch.zeros_like(shift)
         if kernels.wants_gradient(x):

@@ -196,8 +196,11 @@ class SiteHook:
         if rows.reads:
             read = wide if source is new else kernels.cast(source, wide.dtype)
             read = read if as_is else read.reshape(batch, -1, source.shape[-1])
-            if (change := rows.of_many(read)) is None:
-                acts = rows.acts(read) if rows.threshold is not None else _topk_acts(request, read)
+            if rows.threshold is None:
+                sae = request.slot.on(read.device)
+                acts = rows.topk_acts(read, sae.d_sae, sae.encode)
+            elif (change := rows.of_many(read)) is None:
+                acts = rows.acts(read)
         if change is None:
             change = rows.change(acts, now.group, batch) @ rows.W_dec
         if not as_is:
@@ -370,11 +373,6 @@ def _reconstructions_first(request: Request) -> bool:
     return isinstance(request, EditRequest)
 
 
-def _topk_acts(request: EditRequest, x: Tensor) -> Tensor:
-    """TopK couples the features, so its k activations come from a full encode."""
-    return request.slot.on(x.device).encode(x)[..., list(request.edit.features)]
-
-
 def _rows(request: EditRequest, x: Tensor) -> edits.Rows:
     """The edit's k rows on x's device, made once; outside of inference mode, since training may use them later."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -396,5 +394,5 @@ def _gathered(request: EditRequest, device: torch.device, dtype: torch.dtype, na
     one = edit.gain_of_all
     return edits.Rows(
         W_enc, b_enc, threshold, W_dec, gain.unsqueeze(1), shift.unsqueeze(1), edit.only_if_active, edit.reads,
-        for_all=None if one is None else (one, shift[0] @ W_dec),
+        for_all=None if one is None else (one, shift[0] @ W_dec), picked=picked.to(device),
     )

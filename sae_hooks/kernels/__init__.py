@@ -27,7 +27,7 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import affine, at_once, cast, is_bare, linear, slices, wants_gradient, wide
+from .tiles import affine, at_once, cast, held_together, is_bare, linear, slices, wants_gradient, wide
 from .triplets import Csr, Triplets, compressed
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "encode_with_gradient",
     "find_above",
     "gated",
+    "held_together",
     "is_bare",
     "is_little",
     "keep_largest",

@@ -7,7 +7,7 @@ from core.steering import EVERY, IDS, NAN, SITE, hold_as_full_edit, made_for, ou
 
 from sae_hooks import SAE, EditError, attach_saes, edits, kernels, sites
 from sae_hooks.edits import check, edit
-from sae_hooks.kernels import decoding, gradients
+from sae_hooks.kernels import decoding, gradients, tiles
 
 FEATURES = range(5, 60)
 VALUES = {
@@ -84,6 +84,25 @@ def test_topk_saes_go_the_way_of_few_features(model, random_sae, taken):
         (got,), _ = outcome(model, SITE)
     assert relative(got, want) < 1e-5
     assert not taken
+
+
+@torch.no_grad()
+def test_topk_saes_are_encoded_some_tokens_at_a_time(model, random_sae, monkeypatch):
+    topk = random_sae(32, 64, SITE, k=6, like=sample(model, SITE, IDS))
+    attach_saes(model, topk)
+    with model.saes.clamp({3: 1.0, 5: 2.0}):
+        (want,), _ = outcome(model, SITE)
+        seen = []
+        encode = topk.encode
+        monkeypatch.setattr(topk, "encode", lambda x: (seen.append(len(x)), encode(x))[1])
+        monkeypatch.setattr(tiles, "TOPK_SIZE", 5 * 64)
+        (got,), _ = outcome(model, SITE)
+    assert max(seen) <= 5
+    assert sum(seen) == IDS.numel()
+    assert relative(got, want) < 1e-5
+    picked = torch.tensor([3, 5])
+    rows = edits.Rows(*[torch.zeros(2, 1)] * 2, None, *[torch.zeros(2, 1)] * 3, False, True, picked=picked)
+    assert rows.topk_acts(torch.zeros(2, 0, 32), 64, topk.encode).shape == (2, 0, 2)
 
 
 @pytest.mark.parametrize("followed", [True, False])
