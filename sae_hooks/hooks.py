@@ -120,7 +120,7 @@ class SiteHook:
 
     def _apply(self, x: Tensor, requests: Sequence[Request]) -> Tensor:
         """x (..., d) with what is asked for done, in float32 also under torch.autocast, or x itself."""
-        if torch.is_autocast_enabled(x.device.type):
+        if kernels.autocasts(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self._apply(x, requests)
         here, local = self.site.key, self.runtime.local

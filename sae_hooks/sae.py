@@ -120,8 +120,8 @@ class SAE(nn.Module):
         """Map x (..., d_in) to pre-activations (..., d_sae), in float32 (float64 if x and the weights are)."""
         pre = self._at_once(x)
         if pre is None:
-            W_rows = self.W_enc.T
-            pre = kernels.pre_activations(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc)
+            W_enc, b_enc = self._encoder
+            pre = kernels.pre_activations(self._rows(x, W_enc.shape[0]), W_enc.T, b_enc)
         return _shaped(pre, x)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ class SAE(nn.Module):
             return _shaped(self.gate(pre), x)
         if torch.compiler.is_compiling() or self._needs_plain(x):
             return self.gate(self.pre_activations(x))
-        W_rows, gate = self.W_enc.T, self._gate
+        (W_enc, b_enc), gate = self._encoder, self._gate
         if not isinstance(gate, Tensor):
             return kernels.keep_largest(self.pre_activations(x), gate)
-        return _shaped(kernels.encode(self._rows(x, W_rows.shape[1]), W_rows, self.b_enc, gate), x)
+        return _shaped(kernels.encode(self._rows(x, W_enc.shape[0]), W_enc.T, b_enc, gate), x)
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
@@ -153,8 +153,8 @@ class SAE(nn.Module):
         if pre is not None:
             found = kernels.above(pre, gate) if isinstance(gate, Tensor) else kernels.largest(pre, gate)
             return kernels.compressed(found, len(pre))
-        W_rows, b_enc = self.W_enc.T, self.b_enc
-        rows = self._rows(x, W_rows.shape[1])
+        W_enc, b_enc = self._encoder
+        rows, W_rows = self._rows(x, W_enc.shape[0]), W_enc.T
         if (followed := kernels.encode_with_gradient(rows, W_rows, b_enc, gate)) is not None:
             return followed
         if isinstance(gate, Tensor):
@@ -163,15 +163,14 @@ class SAE(nn.Module):
 
     def decode(self, acts: Tensor) -> Tensor:
         """Reconstruction (..., d_out) of feature activations (..., d_sae), without the skip: acts W_dec + b_dec."""
-        own: Mapping[str, Any] = self._parameters
-        W_dec, b_dec = own["W_dec"], own["b_dec"]
+        W_dec, b_dec = self._decoder
         rows = self._rows(acts, W_dec.shape[0])
         if (x_hat := kernels.decoded_at_once(rows, W_dec, b_dec)) is not None:
             return _shaped(x_hat, acts)
         if self._needs_plain(acts):
-            dtype = kernels.wide(acts, self.W_dec)
-            return _shaped(_product(rows, self.W_dec, dtype) + self.b_dec.to(dtype), acts)
-        return _shaped(kernels.decode(rows, self.W_dec, self.b_dec), acts)
+            dtype = kernels.wide(acts, W_dec)
+            return _shaped(_product(rows, W_dec, dtype) + b_dec.to(dtype), acts)
+        return _shaped(kernels.decode(rows, W_dec, b_dec), acts)
 
     def skip(self, x: Tensor) -> Tensor | float:
         """What an affine skip adds to the reconstruction of x (..., d_in): (..., d_out), or 0.0 without one."""
@@ -182,8 +181,7 @@ class SAE(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruct x (..., d_in) as x_hat (..., d_out), in x's dtype, or the one given; gradients flow where x or
         the weights ask, at the cost of the active features where x alone does."""
-        own: Mapping[str, Any] = self._parameters
-        W_enc, b_enc, W_dec, b_dec = own["W_enc"], own["b_enc"], own["W_dec"], own["b_dec"]
+        (W_enc, b_enc), (W_dec, b_dec) = self._encoder, self._decoder
         rows = self._rows(x, W_enc.shape[0])
         pre = kernels.at_once(rows, W_enc, b_enc) if kernels.decodes_at_once(rows, W_dec, b_dec) else None
         if pre is not None:
@@ -235,6 +233,18 @@ class SAE(nn.Module):
         return self
 
     @property
+    def _encoder(self) -> tuple[Tensor, Tensor]:
+        """W_enc and b_enc, which take a microsecond each where they are read as attributes."""
+        own: Mapping[str, Any] = self._parameters
+        return own["W_enc"], own["b_enc"]
+
+    @property
+    def _decoder(self) -> tuple[Tensor, Tensor]:
+        """W_dec and b_dec, likewise."""
+        own: Mapping[str, Any] = self._parameters
+        return own["W_dec"], own["b_dec"]
+
+    @property
     def _gate(self) -> Tensor | int:
         """Thresholds (d_sae), or k."""
         threshold: Tensor | None = self._parameters.get("threshold")
@@ -251,9 +261,8 @@ class SAE(nn.Module):
 
     def _at_once(self, x: Tensor) -> Tensor | None:
         """Pre-activations (n, d_sae) of x (..., d_in), if they are few."""
-        own: Mapping[str, Any] = self._parameters  # read as attributes they take a microsecond each, here and above
-        W_enc = own["W_enc"]
-        return kernels.at_once(self._rows(x, W_enc.shape[0]), W_enc, own["b_enc"])
+        W_enc, b_enc = self._encoder
+        return kernels.at_once(self._rows(x, W_enc.shape[0]), W_enc, b_enc)
 
     def _rows(self, x: Tensor, width: int) -> Tensor:
         """x (..., width) as (n, width)."""
@@ -265,7 +274,7 @@ class SAE(nn.Module):
 
 def _product(x: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ weights in a dtype, whatever torch.autocast says."""
-    if torch.is_autocast_enabled(x.device.type):
+    if kernels.autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return _product(x, weights, dtype)
     return x.to(dtype) @ weights.to(dtype)

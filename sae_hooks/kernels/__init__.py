@@ -27,7 +27,7 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import affine, at_once, cast, held_together, is_bare, linear, slices, wants_gradient, wide
+from .tiles import affine, at_once, autocasts, cast, held_together, is_bare, linear, slices, wants_gradient, wide
 from .triplets import Csr, Triplets, compressed
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "adam_rows",
     "affine",
     "at_once",
+    "autocasts",
     "cast",
     "compressed",
     "decode",

@@ -14,6 +14,7 @@ from .signs import Signs, signs_for
 from .tiles import (
     GPU_SIZE,
     affine,
+    autocasts,
     by_tokens,
     cast,
     half_product,
@@ -161,7 +162,7 @@ def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None
     """What `decode` makes of acts (n, d_sae), (n, d_out), where that is little, as `at_once` has it; else None."""
     if torch.compiler.is_compiling() or not decodes_at_once(acts, W_dec, b_dec):
         return None
-    if torch.is_autocast_enabled(acts.device.type):
+    if autocasts(acts):
         return None
     return torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
 
@@ -280,7 +281,7 @@ def _most(where: Tensor, of: int) -> int:
 
 def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
     """out + acts @ W_dec, whatever torch.autocast says."""
-    if torch.is_autocast_enabled(acts.device.type):
+    if autocasts(acts):
         with torch.autocast(acts.device.type, enabled=False):
             return _dense(out, acts, W_dec)
     if W_dec.dtype == torch.bfloat16 and acts.dtype == torch.float32 and multiplies_halves(acts, W_dec):

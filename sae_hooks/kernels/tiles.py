@@ -57,6 +57,11 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def autocasts(t: Tensor) -> bool:
+    """Whether torch.autocast is on for t's device."""
+    return torch.is_autocast_enabled("cpu" if t.is_cpu else t.device.type)  # to ask a tensor for its device takes long
+
+
 def is_bare(*tensors: Tensor) -> bool:
     """Whether each is numbers in memory and no more: has no tangent (forward-mode derivatives), nor stands for other
     tensors (torch.func.vmap). Only such may be written into memory that is there, or given to numpy."""
@@ -94,12 +99,13 @@ def feature_tiles(x: Tensor, d_sae: int, most: Most | None = None) -> Iterator[s
 
 def has_all_features(x: Tensor, rows: Tensor) -> bool:
     """Whether all features (rows), if any, are taken together for a tile of the tokens of x (n, d_in), if any."""
-    return 0 < min(len(x), _most_tokens(x, rows)) * len(rows) <= (CPU_SIZE if x.is_cpu else GPU_SIZE)
+    n, m = x.shape[0], rows.shape[0]
+    return 0 < min(n, _most_tokens(x, rows)) * m <= (CPU_SIZE if x.is_cpu else GPU_SIZE)
 
 
 def is_one_tile(x: Tensor, rows: Tensor) -> bool:
     """Whether all tokens of x (n, d_in) and all features (rows) are."""
-    return len(x) <= _most_tokens(x, rows) and has_all_features(x, rows)
+    return x.shape[0] <= _most_tokens(x, rows) and has_all_features(x, rows)
 
 
 def by_tokens(
@@ -155,7 +161,7 @@ def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
     most, large = (AT_ONCE, LARGE) if x.is_cpu else (GPU_AT_ONCE, GPU_LARGE)
     if entries > most or W_enc.numel() >= large:
         return None
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return None
     return torch.addmm(bias, cast(x, torch.float32), W_enc)
 
@@ -168,7 +174,7 @@ def affine(
     x is of that dtype, too, or as `ready` made it, rows of any. multiply: a half dtype that both are rounded to first.
     room: where the result may lie, until the next one does.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return affine(x, rows, bias, multiply, room)
     if (product := product_of_halves(x, rows, bias, multiply)) is not None:
@@ -234,7 +240,7 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
 def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, thin: range = range(0)) -> Tensor | None:
     """affine of x and rows of one dtype on a CPU, where a plain product is not the quickest way; else None. thin: the
     numbers of tokens for which oneDNN takes the sides swapped (THIN, where rows are large), if nobody traces."""
-    n, is_large = len(x), rows.numel() >= LARGE
+    n, is_large = x.shape[0], rows.numel() >= LARGE
     thin = THIN if is_large else thin
     if not x.is_cpu or not (is_large or (thin and n in thin) or is_much(x, rows)):
         return None
@@ -254,7 +260,8 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, thin: range = range(
 
 def is_much(x: Tensor, rows: Tensor) -> bool:
     """Whether x @ rows.T is so much that oneDNN is the quicker one on a CPU, and not what `at_once` leaves to MKL."""
-    return len(x) * rows.numel() >= MUCH and len(x) * len(rows) > AT_ONCE
+    n = x.shape[0]
+    return n * rows.numel() >= MUCH and n * rows.shape[0] > AT_ONCE
 
 
 def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -278,7 +285,7 @@ def multiplies_halves(*tensors: Tensor) -> bool:
 
 def half_product(x: Tensor, rows: Tensor) -> Tensor:
     """x @ rows.T in float32 of matrices of one half dtype. Each product of two such numbers is exact in float32."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return half_product(x, rows)
     if x.device.type == "cpu":
