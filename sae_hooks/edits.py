@@ -30,6 +30,7 @@ FORMAT = "sae_hooks.edits/1"
 Strength = float | Tensor
 AT_ONCE = 512  # tokens times features up to which a GPU makes an edit in one launch: each token reads all rows
 MANY = 2**11  # features from which it is worth finding out which are active
+MOST = 0.5  # share of all features from which to compute the others, too, costs less than a copy of the rows
 LARGEST = 1.8e19  # its square still fits float32, so a norm layer survives it
 
 
@@ -164,9 +165,9 @@ class Rows:
     """An edit made ready for a device: W_enc (k, d_in), b_enc (k), threshold (k), W_dec (k, d_out), gain and shift
     (rows, 1, k).
 
-    All in float32 (float64 for a float64 model). Without thresholds (TopK) the activations come from a full encode, of
-    which `picked` (k) says which features count. for_all: where many features have one gain, that and shift @ W_dec
-    (d_out).
+    All in float32 (float64 for a float64 model), but the matrices of an edit of most features, which are the SAE's own.
+    Without thresholds (TopK) the activations come from a full encode, of which `picked` (k) says which features count.
+    for_all: where many features have one gain, that and shift @ W_dec (d_out).
     """
 
     W_enc: Tensor
@@ -180,10 +181,40 @@ class Rows:
     for_all: tuple[float, Tensor] | None = None
     picked: Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        edit: Edit,
+        W_rows: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor | None,
+        W_dec: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Rows:
+        """Those of an SAE with these weights, W_rows (d_sae, d_in) feature-major, on a device in a dtype."""
+        picked, one = torch.tensor(edit.features, device=W_dec.device), edit.gain_of_all
+        gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
+        W_rows, b_enc, W_dec = W_rows.detach(), b_enc.detach(), W_dec.detach()
+        as_is = W_dec.dtype == dtype or (W_dec.dtype.itemsize == 2 and dtype == torch.float32)
+        if one is None or threshold is None or not as_is or W_dec.device != device or len(picked) < MOST * len(W_dec):
+            W_rows, b_enc, W_dec = (t[picked].to(device, dtype) for t in (W_rows, b_enc, W_dec))
+            threshold = None if threshold is None else threshold.detach()[picked].to(device, dtype)
+            for_all = None if one is None else (one, shift[0, 0] @ W_dec)
+        else:  # all features, of which those left alone are never active: no copy of the matrices
+            limits = threshold.detach().to(dtype)
+            threshold = torch.full_like(limits, torch.inf).index_copy(0, picked, limits[picked])
+            shift = torch.zeros_like(limits).index_copy(0, picked, shift.view(-1)).view(1, 1, -1)
+            gain, b_enc = torch.full_like(shift, one), b_enc.to(dtype)
+            for_all = one, kernels.decode(shift[0], W_dec, b_enc.new_zeros(W_dec.shape[1]))[0]
+        return cls(W_rows, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads, for_all,
+                   picked.to(device))
+
     def acts(self, x: Tensor) -> Tensor:
         """Activations (..., k) of the k features for x (..., d_in)."""
         assert self.threshold is not None
-        return kernels.gated(torch.nn.functional.linear(x, self.W_enc, self.b_enc), self.threshold)
+        pre = torch.nn.functional.linear(x, kernels.cast(self.W_enc, x.dtype), self.b_enc)
+        return kernels.gated(pre, self.threshold)
 
     def topk_acts(self, x: Tensor, d_sae: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """The same where TopK couples all d_sae features, which `encode` computes, of some tokens at a time."""
@@ -233,10 +264,14 @@ class Rows:
 
 
 def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
-    """Raise EditError if an edit (a scale: of an activation of 1) would overflow the model's dtype, which greedy
-    decoding turns into token 0."""
-    strength = edit.gain if edit.op == "scale" else edit.shift
-    largest = float(strength.abs().max() * W_dec.abs().max())
+    """Raise EditError if an edit (a scale: of an activation of 1) of an SAE with this W_dec (d_sae, d_out) would
+    overflow the model's dtype, which greedy decoding turns into token 0."""
+    strength, features = edit.gain if edit.op == "scale" else edit.shift, list(edit.features)
+    if len(features) < MANY:
+        ends = W_dec[features].aminmax()
+    else:  # without a copy
+        ends = torch.stack(W_dec.aminmax(dim=1))[:, features].aminmax()
+    largest = float(strength.abs().max() * max(-ends.min, ends.max))
     limit = min(LARGEST, torch.finfo(dtype).max)
     if largest > limit:
         raise EditError(

@@ -189,7 +189,7 @@ class SiteHook:
         """Add what an edit of the features of `source` changes to new[chosen]; None: to all. Returns a new tensor."""
         if (edited := rows.at_once(source, new, chosen)) is not None:
             return edited
-        wide, now = kernels.cast(new, rows.W_dec.dtype), self.runtime.current()
+        wide, now = kernels.cast(new, rows.gain.dtype), self.runtime.current()
         batch = 1 if len(rows.gain) == 1 else _batch(new, now, self.site.key)
         as_is = new.ndim == source.ndim == 3
         acts = change = None
@@ -202,7 +202,7 @@ class SiteHook:
             elif (change := rows.of_many(read)) is None:
                 acts = rows.acts(read)
         if change is None:
-            change = rows.change(acts, now.group, batch) @ rows.W_dec
+            change = rows.change(acts, now.group, batch) @ kernels.cast(rows.W_dec, wide.dtype)
         if not as_is:
             change = change.expand(batch, new[..., 0].numel() // batch, -1).reshape(new.shape)
         return wide + change if chosen is None else torch.where(chosen.unsqueeze(-1), wide + change, wide)
@@ -374,25 +374,14 @@ def _reconstructions_first(request: Request) -> bool:
 
 
 def _rows(request: EditRequest, x: Tensor) -> edits.Rows:
-    """The edit's k rows on x's device, made once; outside of inference mode, since training may use them later."""
+    """The edit's rows on x's device, made once; outside of inference mode, since training may use them later. Raises
+    EditError if x's dtype overflows."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     key = (x.device, x.dtype)
     if key not in request.rows:
+        sae, edit = request.slot.sae, request.edit
+        edits.check_range(edit, sae.W_dec, x.dtype)
         with torch.inference_mode(False):
-            request.rows[key] = _gathered(request, x.device, dtype, x.dtype)
+            weights = sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec
+            request.rows[key] = edits.Rows.of(edit, *weights, x.device, dtype)
     return request.rows[key]
-
-
-def _gathered(request: EditRequest, device: torch.device, dtype: torch.dtype, narrow: torch.dtype) -> edits.Rows:
-    """The edit's rows on a device in a dtype. Raises EditError if the activations' own dtype, `narrow`, overflows."""
-    sae, edit = request.slot.sae, request.edit
-    picked = torch.tensor(edit.features, device=sae.device)
-    edits.check_range(edit, sae.W_dec[picked], narrow)
-    exact = [sae.W_enc.T[picked], sae.b_enc[picked], sae.W_dec[picked], edit.gain, edit.shift]
-    W_enc, b_enc, W_dec, gain, shift = (t.detach().to(device, dtype) for t in exact)
-    threshold = None if sae.threshold is None else sae.threshold[picked].detach().to(device, dtype)
-    one = edit.gain_of_all
-    return edits.Rows(
-        W_enc, b_enc, threshold, W_dec, gain.unsqueeze(1), shift.unsqueeze(1), edit.only_if_active, edit.reads,
-        for_all=None if one is None else (one, shift[0] @ W_dec), picked=picked.to(device),
-    )

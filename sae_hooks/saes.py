@@ -268,7 +268,7 @@ class Saes(Mapping[str, SAE]):
     def _request(self, made: Edit, slot: Slot) -> EditRequest:
         sae = self._ready(slot).sae
         edits.check(made, sae.d_sae)
-        edits.check_range(made, sae.W_dec[list(made.features)], torch.float32)
+        edits.check_range(made, sae.W_dec, torch.float32)
         return EditRequest(slot, made.tokens, made.special_tokens, edit=made)
 
     def _several(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:

@@ -16,11 +16,12 @@ VALUES = {
 }
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Fifty features are many; a list of the kernels that were taken for them."""
+@pytest.fixture(params=["copied rows", "the SAE's own"])
+def taken(monkeypatch, request):
+    """Fifty features are many; a list of the kernels that were taken for them, with each kind of rows."""
     calls = []
     monkeypatch.setattr(edits, "MANY", 50)
+    monkeypatch.setattr(edits, "MOST", 2.0 if request.param == "copied rows" else 0.5)
     for name in ("reconstruct", "reconstruct_with_gradient"):
         plain = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *of, plain=plain, name=name: (calls.append(name), plain(*of))[1])
@@ -127,12 +128,50 @@ def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypa
     assert taken == ["reconstruct_with_gradient"]
 
 
-def rows_of(sae):
+def rows_of(sae, values=VALUES["clamp"], dtype=torch.float32, **more):
     """The clamp, made ready."""
-    made, picked = edit("clamp", SITE, VALUES["clamp"]), list(FEATURES)
-    return edits.Rows(sae.W_enc.T[picked], sae.b_enc[picked], sae.threshold[picked], sae.W_dec[picked],
-                      made.gain[:, None], made.shift[:, None], made.only_if_active, made.reads,
-                      for_all=(made.gain_of_all, made.shift[0] @ sae.W_dec[picked]))
+    made = edit("clamp", SITE, values, **more)
+    return edits.Rows.of(made, sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec, sae.device, dtype)
+
+
+@pytest.mark.parametrize(("weights", "dtype", "copied"), [
+    (torch.float32, torch.float32, False), (torch.bfloat16, torch.float32, False),
+    (torch.float16, torch.float32, False), (torch.float64, torch.float64, False), (torch.float32, torch.float64, True),
+    (torch.float64, torch.float32, True), (torch.bfloat16, torch.float64, True)])
+def test_an_edit_of_most_features_holds_no_copy_of_the_matrices(sae, monkeypatch, weights, dtype, copied):
+    monkeypatch.setattr(edits, "MANY", 50)
+    sae = sae.to(weights)
+    rows, x = rows_of(sae, dtype=dtype), torch.randn(1, 9, 32, dtype=dtype)
+    assert (rows.W_dec.data_ptr() != sae.W_dec.data_ptr()) == copied
+    assert (rows.W_enc.data_ptr() != sae.W_enc.data_ptr()) == copied
+    assert len(rows.threshold) == (len(FEATURES) if copied else sae.d_sae)
+    monkeypatch.setattr(edits, "MOST", 2.0)
+    want = rows_of(sae, dtype=dtype)
+    accuracy = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(rows.of_many(x), want.of_many(x), **accuracy)
+    change = [r.change(r.acts(x), 1, 1) @ r.W_dec.to(dtype) for r in (rows, want)]
+    torch.testing.assert_close(*change, **accuracy)
+    torch.testing.assert_close(change[0], rows.of_many(x), **accuracy)
+    assert change[0].abs().max() > 1e-3
+
+
+def test_edits_of_less_than_half_of_the_features_and_others_copy_their_rows(sae, monkeypatch):
+    monkeypatch.setattr(edits, "MANY", 10)
+    for rows in (rows_of(sae, dict.fromkeys(range(31), 0.0)), rows_of(sae, only_if_active=True),
+                 rows_of(sae, {f: torch.ones(2) for f in FEATURES})):
+        assert len(rows.W_dec) == len(rows.threshold) < sae.d_sae
+    assert len(rows_of(sae, dict.fromkeys(range(32), 0.0)).W_dec) == sae.d_sae
+
+
+def test_what_is_too_strong_for_many_features_is_said(sae, monkeypatch):
+    monkeypatch.setattr(edits, "MANY", 10)
+    W_dec = torch.zeros(64, 3)
+    W_dec[40, 1], W_dec[50, 2] = 5.0, -9.0
+    for last, most in ((45, 5.0), (60, 9.0)):
+        made = edit("clamp", SITE, dict.fromkeys(range(1, last), 60000.0 / most))
+        edits.check_range(made, W_dec, torch.float16)
+        with pytest.raises(EditError, match="overflow"):
+            edits.check_range(made, W_dec * 1.2, torch.float16)
 
 
 def test_torch_func_sees_plain_operations(sae, taken):
