@@ -107,6 +107,21 @@ def test_topk_saes_are_encoded_some_tokens_at_a_time(model, random_sae, monkeypa
 
 
 @pytest.mark.parametrize("followed", [True, False])
+def test_weights_of_half_precision_are_widened_as_they_are_read(model, sae, taken, followed, monkeypatch):
+    """Also where plain operations are taken, since gradients are on."""
+    attach_saes(model, sae, dtype=torch.bfloat16)
+    with torch.no_grad(), FullEdit(model, model.saes[SITE], lambda acts: edited(acts, "clamp", VALUES["clamp"])):
+        (want,), _ = outcome(model, SITE)
+    monkeypatch.setattr(gradients, "SMALL", 0 if followed else 2**62)
+    for name, grad in (("reconstruct", False), ("reconstruct_with_gradient", True)):
+        with torch.set_grad_enabled(grad), model.saes.clamp(VALUES["clamp"]):
+            (got,), logits = outcome(model, SITE)
+        assert relative(got.detach(), want) < 1e-5
+        assert taken.pop() == name
+        assert logits.requires_grad == grad
+
+
+@pytest.mark.parametrize("followed", [True, False])
 def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypatch):
     """Through what is active, and where that is left to plain operations."""
     backward = []
