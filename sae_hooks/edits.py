@@ -5,7 +5,7 @@ Every operation is new = f + gain * f + shift, so the model receives x' = x + su
     clamp to v: gain -1, shift v      scale by s: gain s - 1, shift 0      add a: gain 0, shift a
 
 k features cost k encoder rows and k decoder rows; nothing changes where the change is zero. Of many features whose gain
-is one number only those cost a decoder row that are active.
+is one number only those cost a decoder row that are active; and of most features no copies are made.
 """
 
 from __future__ import annotations

@@ -201,6 +201,8 @@ class SiteHook:
                 acts = rows.topk_acts(read, sae.d_sae, sae.encode)
             elif (change := rows.of_many(read)) is None:
                 acts = rows.acts(read)
+        elif rows.for_all is not None:
+            change = rows.for_all[1].view(1, 1, -1)
         if change is None:
             change = rows.change(acts, now.group, batch) @ kernels.cast(rows.W_dec, wide.dtype)
         if not as_is:
