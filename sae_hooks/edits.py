@@ -5,7 +5,7 @@ Every operation is new = f + gain * f + shift, so the model receives x' = x + su
     clamp to v: gain -1, shift v      scale by s: gain s - 1, shift 0      add a: gain 0, shift a
 
 k features cost k encoder rows and k decoder rows; nothing changes where the change is zero. Of many features whose gain
-is one number only those cost a decoder row that are active; and of most features no copies are made.
+is one number only those cost a decoder row that are active; and an edit of most features copies no rows.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Rows:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Rows:
-        """Those of an SAE with these weights, W_rows (d_sae, d_in) feature-major, on a device in a dtype."""
+        """The edit's rows on a device in a dtype, of an SAE with these weights, W_rows (d_sae, d_in)."""
         picked, one = torch.tensor(edit.features, device=W_dec.device), edit.gain_of_all
         gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
         W_rows, b_enc, W_dec = W_rows.detach(), b_enc.detach(), W_dec.detach()
@@ -201,7 +201,7 @@ class Rows:
             W_rows, b_enc, W_dec = (t[picked].to(device, dtype) for t in (W_rows, b_enc, W_dec))
             threshold = None if threshold is None else threshold.detach()[picked].to(device, dtype)
             for_all = None if one is None else (one, shift[0, 0] @ W_dec)
-        else:  # all features, of which those left alone are never active: no copy of the matrices
+        else:  # the matrices as they are, and thresholds above which what is left alone never comes
             limits = threshold.detach().to(dtype)
             threshold = torch.full_like(limits, torch.inf).index_copy(0, picked, limits[picked])
             shift = torch.zeros_like(limits).index_copy(0, picked, shift.view(-1)).view(1, 1, -1)
