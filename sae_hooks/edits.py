@@ -193,7 +193,8 @@ class Rows:
         dtype: torch.dtype,
     ) -> Rows:
         """The edit's rows on a device in a dtype, of an SAE with these weights, W_rows (d_sae, d_in)."""
-        picked, one = torch.tensor(edit.features, device=W_dec.device), edit.gain_of_all
+        picked = torch.tensor(edit.features, device=W_dec.device)
+        one = None if edit.reads and threshold is None else edit.gain_of_all
         gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
         W_rows, b_enc, W_dec = W_rows.detach(), b_enc.detach(), W_dec.detach()
         as_is = W_dec.dtype == dtype or (W_dec.dtype.itemsize == 2 and dtype == torch.float32)
@@ -233,10 +234,13 @@ class Rows:
         return change * (acts > 0) if self.only_if_active else change
 
     def of_many(self, x: Tensor) -> Tensor | None:
-        """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), never holding the activations (..., k). None
-        where the edit has few features, or several gains, or plain operations are the better way."""
+        """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), of any dtype, never holding the activations
+        (..., k); (1, 1, d_out) where nothing is read. None where the edit has few features, or several gains, or plain
+        operations are the better way."""
         if self.for_all is None:
             return None
+        if not self.reads:
+            return self.for_all[1].view(1, 1, -1)
         assert self.threshold is not None
         gain, shift = self.for_all
         parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, torch.zeros_like(shift)

@@ -192,18 +192,12 @@ class SiteHook:
         wide, now = kernels.cast(new, rows.gain.dtype), self.runtime.current()
         batch = 1 if len(rows.gain) == 1 else _batch(new, now, self.site.key)
         as_is = new.ndim == source.ndim == 3
-        acts = change = None
-        if rows.reads:
-            read = wide if source is new else kernels.cast(source, wide.dtype)
-            read = read if as_is else read.reshape(batch, -1, source.shape[-1])
-            if rows.threshold is None:
-                sae = request.slot.on(read.device)
-                acts = rows.topk_acts(read, sae.d_sae, sae.encode)
-            elif (change := rows.of_many(read)) is None:
-                acts = rows.acts(read)
-        elif rows.for_all is not None:
-            change = rows.for_all[1].view(1, 1, -1)
-        if change is None:
+        read = source if as_is else source.reshape(batch, -1, source.shape[-1])
+        if (change := rows.of_many(read)) is None:
+            acts = None
+            if rows.reads:
+                read = wide if source is new and as_is else kernels.cast(read, wide.dtype)
+                acts = rows.acts(read) if rows.threshold is not None else _topk_acts(rows, request, read)
             change = rows.change(acts, now.group, batch) @ kernels.cast(rows.W_dec, wide.dtype)
         if not as_is:
             change = change.expand(batch, new[..., 0].numel() // batch, -1).reshape(new.shape)
@@ -373,6 +367,11 @@ def _is_custom(request: Request) -> bool:
 
 def _reconstructions_first(request: Request) -> bool:
     return isinstance(request, EditRequest)
+
+
+def _topk_acts(rows: edits.Rows, request: EditRequest, x: Tensor) -> Tensor:
+    sae = request.slot.on(x.device)
+    return rows.topk_acts(x, sae.d_sae, sae.encode)
 
 
 def _rows(request: EditRequest, x: Tensor) -> edits.Rows:

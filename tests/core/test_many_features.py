@@ -87,6 +87,21 @@ def test_topk_saes_go_the_way_of_few_features(model, random_sae, taken):
     assert not taken
 
 
+@pytest.mark.parametrize("k", [None, 6])
+@torch.no_grad()
+def test_many_features_are_added_as_one_vector(model, random_sae, taken, monkeypatch, k):
+    sae = random_sae(32, 64, SITE, k=k, like=sample(model, SITE, IDS))
+    attach_saes(model, sae)
+    with FullEdit(model, sae, lambda acts: edited(acts, "add", VALUES["clamp"])):
+        (want,), _ = outcome(model, SITE)
+    with model.saes.add(VALUES["clamp"]):
+        outcome(model, SITE)
+        monkeypatch.setattr(edits.Rows, "change", None)  # needs decoder rows
+        (got,), _ = outcome(model, SITE)
+    assert relative(got, want) < 1e-5
+    assert not taken
+
+
 @torch.no_grad()
 def test_topk_saes_are_encoded_some_tokens_at_a_time(model, random_sae, monkeypatch):
     topk = random_sae(32, 64, SITE, k=6, like=sample(model, SITE, IDS))
@@ -119,6 +134,24 @@ def test_weights_of_half_precision_are_widened_as_they_are_read(model, sae, take
         assert relative(got.detach(), want) < 1e-5
         assert taken.pop() == name
         assert logits.requires_grad == grad
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_activations_of_half_precision_are_read_as_they_are(model, sae, taken, weights, monkeypatch):
+    seen = []
+    many = edits.Rows.of_many
+    monkeypatch.setattr(edits.Rows, "of_many", lambda rows, x: (seen.append(x.dtype), many(rows, x))[1])
+    attach_saes(model.bfloat16(), sae, dtype=weights)
+    with model.saes.clamp(VALUES["clamp"]):
+        (got,), _ = outcome(model, SITE)
+        assert taken == ["reconstruct"]
+        assert seen == [torch.bfloat16]
+    monkeypatch.setattr(edits, "MANY", 1000)
+    with model.saes.clamp(VALUES["clamp"]):
+        (want,), _ = outcome(model, SITE)
+    assert got.dtype == torch.bfloat16
+    assert relative(got.float(), want.float()) < 2e-3
 
 
 @pytest.mark.parametrize("followed", [True, False])
