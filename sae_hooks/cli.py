@@ -23,6 +23,7 @@ from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
 from .hub.sources import STATISTICS
+from .processes import end_group
 from .saes import Saes
 from .terminal import busy, print_table, progress, short_warnings, ticks
 
@@ -73,7 +74,9 @@ class Commands(TyperGroup):
         """Run the command."""
         try:
             with short_warnings():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+            end_group()
+            return result
         except BrokenPipeError:
             raise
         except (SaeError, OSError) as error:

@@ -1,10 +1,14 @@
-"""The processes that `accelerate launch` or torchrun started: which of them this is, and waiting for the others."""
+"""The processes that `accelerate launch` or torchrun started: which of them this is, waiting for the others, and the
+end."""
 
 from __future__ import annotations
 
 import os
+import time
 
 import torch
+
+LET_GO = 0.1  # seconds
 
 
 def launched_share() -> tuple[int, int]:
@@ -26,3 +30,15 @@ def wait_for_all() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def end_group() -> None:
+    """End this process' group, if it is in one, when all is done.
+
+    gloo's threads let go of a tensor some time after its sum is there, for which they need Python's lock. If the
+    interpreter ends first, they abort the process (PyTorch 2.13), and a launcher takes what was done for a failure.
+    So they get the lock here, also those of a group that PyTorch itself still holds.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(LET_GO)

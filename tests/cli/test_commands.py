@@ -55,6 +55,29 @@ def test_the_program_runs_and_help_imports_nothing_heavy():
     assert done.stderr == "error: nothing does not exist\n"
 
 
+IN_A_GROUP = """
+import sys, time
+import torch
+import torch.distributed as dist
+from sae_hooks.cli import app
+sleep = time.sleep
+time.sleep = lambda seconds: (print("waited", dist.is_initialized()), sleep(seconds))
+
+@app.command("sum")
+def add():
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+    dist.all_reduce(torch.ones(3))
+
+app(["sum"], standalone_mode=False)
+"""
+
+
+def test_a_command_that_is_done_ends_its_process_group_and_lets_its_threads_finish(tmp_path):
+    """Else they may abort the interpreter while it ends."""
+    done = subprocess.run([sys.executable, "-c", IN_A_GROUP, tmp_path / "store"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "waited False\n"), done.stderr
+
+
 # --- list -----------------------------------------------------------------------------------------
 
 
