@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from speed_measure import Call, check_same, compare, fastest, ratio, rounds
 from speed_peers import PEERS, K
-from speed_ways import Data, dense_encoder, dense_step, gradients, make_data, our_step
+from speed_ways import SITE, Data, dense_encoder, dense_step, gradients, make_data, our_step
 from speed_workers import ENVIRONMENTS, Worker
 from speed_workers import FEW as STEPPED
 from torch import Tensor
 from torch.nn import functional
 
-from sae_hooks.edits import Rows
+from sae_hooks import edits
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 MALLOCS = {"default": {}, "pages kept": KEPT}
@@ -219,9 +219,9 @@ def edit(seconds: float) -> Iterator[str]:
 
 def clamps(data: Data) -> dict[str, Call]:
     """A clamp of all features, made ready as a hook does, and the dense one."""
-    values, acts, m = torch.linspace(0, 0.1, len(data.W_enc)), dense_encoder(data), len(data.W_enc)
-    rows = Rows(data.W_enc, data.b_enc, data.threshold, data.W_dec, gain=torch.full((1, 1, m), -1.0),
-                shift=values.view(1, 1, m), only_if_active=False, reads=True, for_all=(-1.0, values @ data.W_dec))
+    values, acts = torch.linspace(0, 0.1, len(data.W_enc)), dense_encoder(data)
+    made = edits.edit("clamp", SITE, dict(enumerate(values.tolist())))
+    rows = edits.Rows.of(made, data.W_enc, data.b_enc, data.threshold, data.W_dec, data.x.device, data.x.dtype)
     ways = {"ours": lambda: rows.of_many(data.x), "dense": lambda: (values - acts(data.x)) @ data.W_dec}
     check_same({"change": ways["ours"]()}, {"change": ways["dense"]()})
     return ways

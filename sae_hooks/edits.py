@@ -165,9 +165,9 @@ class Rows:
     """An edit made ready for a device: W_enc (k, d_in), b_enc (k), threshold (k), W_dec (k, d_out), gain and shift
     (rows, 1, k).
 
-    All in float32 (float64 for a float64 model), but the matrices of an edit of most features, which are the SAE's own.
-    Without thresholds (TopK) the activations come from a full encode, of which `picked` (k) says which features count.
-    for_all: where many features have one gain, that and shift @ W_dec (d_out).
+    All in float32 (float64 for a float64 model), but the matrices of an edit of most features, which are the SAE's own:
+    there k is d_sae. Without thresholds (TopK) the activations come from a full encode, of which `picked` (k) says
+    which features count. for_all: where many features have one gain, that and shift @ W_dec (d_out).
     """
 
     W_enc: Tensor
@@ -197,7 +197,7 @@ class Rows:
         one = None if edit.reads and threshold is None else edit.gain_of_all
         gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
         W_rows, b_enc, W_dec = W_rows.detach(), b_enc.detach(), W_dec.detach()
-        as_is = W_dec.dtype == dtype or (W_dec.dtype.itemsize == 2 and dtype == torch.float32)
+        as_is = torch.promote_types(W_dec.dtype, torch.float32) == dtype
         if one is None or threshold is None or not as_is or W_dec.device != device or len(picked) < MOST * len(W_dec):
             W_rows, b_enc, W_dec = (t[picked].to(device, dtype) for t in (W_rows, b_enc, W_dec))
             threshold = None if threshold is None else threshold.detach()[picked].to(device, dtype)

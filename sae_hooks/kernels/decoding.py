@@ -160,9 +160,7 @@ def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
 
 def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None:
     """What `decode` makes of acts (n, d_sae), (n, d_out), where that is little, as `at_once` has it; else None."""
-    if torch.compiler.is_compiling() or not decodes_at_once(acts, W_dec, b_dec):
-        return None
-    if autocasts(acts):
+    if torch.compiler.is_compiling() or not decodes_at_once(acts, W_dec, b_dec) or autocasts(acts):
         return None
     return torch.addmm(b_dec, cast(acts, torch.float32), W_dec)
 
