@@ -4,8 +4,8 @@ Every operation is new = f + gain * f + shift, so the model receives x' = x + su
 
     clamp to v: gain -1, shift v      scale by s: gain s - 1, shift 0      add a: gain 0, shift a
 
-k features cost k encoder rows and k decoder rows; nothing changes where the change is zero. Of many features whose gain
-is one number only those cost a decoder row that are active; and an edit of most features copies no rows.
+k features cost k encoder rows and k decoder rows; nothing changes where the change is zero. Of many features only those
+cost a decoder row that are active; and an edit of most features, with one gain in each row, copies no rows.
 """
 
 from __future__ import annotations
@@ -63,12 +63,9 @@ class Edit:
         return torch.zeros_like(self.values) if self.op == "scale" else self.values.nan_to_num(0.0)
 
     @property
-    def gain_of_all(self) -> float | None:
-        """The gain of all features in all rows, if that is one number and they are MANY or more."""
-        if len(self.features) < MANY or self.only_if_active or len(self.values) > 1:
-            return None
-        least, most = self.gain.aminmax()
-        return float(least) if least == most else None
+    def is_of_many(self) -> bool:
+        """Whether the features are MANY or more, and change by gain * f + shift whether they are active or not."""
+        return len(self.features) >= MANY and not (self.only_if_active and bool(self.shift.any()))
 
     @property
     def reads(self) -> bool:
@@ -167,7 +164,9 @@ class Rows:
 
     All in float32 (float64 for a float64 model), but the matrices of an edit of most features, which are the SAE's own:
     there k is d_sae. Without thresholds (TopK) the activations come from a full encode, of which `picked` (k) says
-    which features count. for_all: where many features have one gain, that and shift @ W_dec (d_out).
+    which features count; then, and where nothing is read, W_enc has no rows. for_all: of many features gain
+    (rows, 1, 1) and shift @ W_dec (rows, 1, d_out); where gains differ between the features of the only row, they are
+    part of W_dec, and 1.
     """
 
     W_enc: Tensor
@@ -178,7 +177,7 @@ class Rows:
     shift: Tensor
     only_if_active: bool
     reads: bool
-    for_all: tuple[float, Tensor] | None = None
+    for_all: tuple[Tensor, Tensor] | None = None
     picked: Tensor | None = None
 
     @classmethod
@@ -194,20 +193,27 @@ class Rows:
     ) -> Rows:
         """The edit's rows on a device in a dtype, of an SAE with these weights, W_rows (d_sae, d_in)."""
         picked = torch.tensor(edit.features, device=W_dec.device)
-        one = None if edit.reads and threshold is None else edit.gain_of_all
         gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
         W_rows, b_enc, W_dec = W_rows.detach(), b_enc.detach(), W_dec.detach()
-        as_is = torch.promote_types(W_dec.dtype, torch.float32) == dtype
-        if one is None or threshold is None or not as_is or W_dec.device != device or len(picked) < MOST * len(W_dec):
-            W_rows, b_enc, W_dec = (t[picked].to(device, dtype) for t in (W_rows, b_enc, W_dec))
-            threshold = None if threshold is None else threshold.detach()[picked].to(device, dtype)
-            for_all = None if one is None else (one, shift[0, 0] @ W_dec)
-        else:  # the matrices as they are, and thresholds above which what is left alone never comes
+        least, most = gain.aminmax(dim=-1, keepdim=True)
+        many, by_row = edit.is_of_many and (threshold is not None or not edit.reads), torch.equal(least, most)
+        as_is = W_dec.device == device and torch.promote_types(W_dec.dtype, torch.float32) == dtype
+        if many and by_row and threshold is not None and as_is and len(picked) >= MOST * len(W_dec):
+            # the matrices as they are, and thresholds above which what is left alone never comes
             limits = threshold.detach().to(dtype)
             threshold = torch.full_like(limits, torch.inf).index_copy(0, picked, limits[picked])
-            shift = torch.zeros_like(limits).index_copy(0, picked, shift.view(-1)).view(1, 1, -1)
-            gain, b_enc = torch.full_like(shift, one), b_enc.to(dtype)
-            for_all = one, kernels.decode(shift[0], W_dec, b_enc.new_zeros(W_dec.shape[1]))[0]
+            shift = shift.new_zeros(len(shift), 1, len(limits)).index_copy(2, picked, shift)
+            gain, b_enc = least.expand_as(shift), b_enc.to(dtype)
+            shifted = kernels.decode(shift[:, 0], W_dec, b_enc.new_zeros(W_dec.shape[1])).unsqueeze(1)
+        else:
+            W_rows = W_rows[picked].to(device, dtype) if edit.reads and threshold is not None else W_rows[:0]
+            b_enc, W_dec = (t[picked].to(device, dtype) for t in (b_enc, W_dec))
+            threshold = None if threshold is None else threshold.detach()[picked].to(device, dtype)
+            if many and not by_row and len(gain) == 1 and not shift.any():
+                W_dec, gain = W_dec.mul_(gain[0, 0, :, None]), torch.ones_like(gain)
+                least, by_row = gain[..., :1], True
+            shifted = shift @ W_dec
+        for_all = (least, shifted) if many and by_row else None
         return cls(W_rows, b_enc, threshold, W_dec, gain, shift, edit.only_if_active, edit.reads, for_all,
                    picked.to(device))
 
@@ -233,22 +239,23 @@ class Rows:
         change = torch.addcmul(shift, gain, acts)
         return change * (acts > 0) if self.only_if_active else change
 
-    def of_many(self, x: Tensor) -> Tensor | None:
+    def of_many(self, x: Tensor, group: int, batch: int) -> Tensor | None:
         """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), of any dtype, never holding the activations
-        (..., k); (1, 1, d_out) where nothing is read. None where the edit has few features, or several gains, or plain
-        operations are the better way."""
+        (..., k); (1 or batch, 1, d_out) where nothing is read. None where the edit has few features, or gains that
+        differ by row and feature, or plain operations are the better way."""
         if self.for_all is None:
             return None
+        gain, shift = (_spread(t, group, batch) for t in self.for_all)
         if not self.reads:
-            return self.for_all[1].view(1, 1, -1)
+            return shift
         assert self.threshold is not None
-        gain, shift = self.for_all
-        parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, torch.zeros_like(shift)
+        nothing = self.b_enc.new_zeros(shift.shape[-1])
+        parts = x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.threshold, self.W_dec, nothing
         if kernels.wants_gradient(x):
             x_hat = kernels.reconstruct_with_gradient(*parts)
         else:
             x_hat = kernels.reconstruct(*parts) if kernels.is_bare(x) else None
-        return None if x_hat is None else torch.add(shift, x_hat, alpha=gain).view(*x.shape[:-1], len(shift))
+        return None if x_hat is None else torch.addcmul(shift, gain, x_hat.view(*x.shape[:-1], len(nothing)))
 
     def at_once(self, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:
         """old (..., d_out) as the edit leaves it where chosen (...), boolean, is True, or everywhere, in old's dtype;

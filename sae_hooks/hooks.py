@@ -193,7 +193,7 @@ class SiteHook:
         batch = 1 if len(rows.gain) == 1 else _batch(new, now, self.site.key)
         as_is = new.ndim == source.ndim == 3
         read = source if as_is else source.reshape(batch, -1, source.shape[-1])
-        if (change := rows.of_many(read)) is None:
+        if (change := rows.of_many(read, now.group, batch)) is None:
             acts = None
             if rows.reads:
                 read = wide if source is new and as_is else kernels.cast(read, wide.dtype)

@@ -1,4 +1,4 @@
-"""Edits of many features with one gain, of which only the active ones are decoded: what the full encode says."""
+"""Edits of many features, of which only the active ones are decoded: what the full encode says."""
 
 import pytest
 import torch
@@ -54,24 +54,52 @@ def test_under_a_splice_the_edited_features_are_decoded(attached, sae, taken):
     assert taken
 
 
-@pytest.mark.parametrize("values", [
-    {"scale": {f: f / 10 for f in FEATURES}},
-    {"clamp": {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, 3.0])}},
-    {"clamp": {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, NAN])}},
-    {"clamp": {**VALUES["clamp"], 5: torch.tensor([NAN])}},
-    {"clamp": dict(list(VALUES["clamp"].items())[:49])},
-    {"clamp": VALUES["clamp"], "only_if_active": True},
-], ids=["several gains", "a strength a row", "a row left untouched", "a feature left untouched", "few features",
-        "if active"])
+MIXED = {f: torch.tensor([2.0, 0.5, f / 10]) for f in FEATURES}
+ONE_A_ROW = {
+    "several gains": ("scale", {f: f / 10 for f in FEATURES}, False),
+    "strengths of a row": ("clamp", {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, 3.0])}, False),
+    "a gain of a row": ("scale", dict.fromkeys(FEATURES, torch.tensor([0.0, 2.0, 1.5])), False),
+    "a row left untouched": ("clamp", dict.fromkeys(FEATURES, torch.tensor([0.0, NAN, 1.0])), False),
+    "scaled if active": ("scale", {f: f / 10 for f in FEATURES}, True),
+    "ablated if active": ("clamp", dict.fromkeys(FEATURES, 0.0), True),
+}
+OTHERS = {
+    "gains by row and feature": ("scale", MIXED, False),
+    "a feature left untouched in a row": ("clamp", {**VALUES["clamp"], 5: torch.tensor([1.0, 2.0, NAN])}, False),
+    "a feature left untouched": ("clamp", {**VALUES["clamp"], 5: torch.tensor([NAN])}, False),
+    "few features": ("clamp", dict(list(VALUES["clamp"].items())[:49]), False),
+    "clamped if active": ("clamp", VALUES["clamp"], True),
+    "added if active": ("add", VALUES["clamp"], True),
+}
+
+
+@pytest.mark.parametrize("name", [*ONE_A_ROW, *OTHERS])
 @torch.no_grad()
-def test_other_edits_go_the_way_of_few_features(attached, sae, taken, values):
-    (op, strengths), *more = values.items()
-    with FullEdit(attached, sae, lambda acts: edited(acts, op, strengths, *[v for _, v in more])):
+def test_what_has_one_gain_in_each_row_or_one_row_goes_the_way_of_many_features(attached, sae, taken, name):
+    op, values, only_if_active = {**ONE_A_ROW, **OTHERS}[name]
+    with FullEdit(attached, sae, lambda acts: edited(acts, op, values, only_if_active)):
         (want,), _ = outcome(attached, SITE)
-    with getattr(attached.saes, op)(strengths, **dict(more)):
+    (clean,), _ = outcome(attached, SITE)
+    with getattr(attached.saes, op)(values, only_if_active=only_if_active):
         (got,), _ = outcome(attached, SITE)
     assert relative(got, want) < 1e-5
-    assert not taken
+    assert relative(got, clean) > 1e-3
+    assert taken == ["reconstruct"] * (name in ONE_A_ROW)
+
+
+@torch.no_grad()
+def test_strengths_of_rows_are_repeated_for_each_beam(sae, taken):
+    """Four beams of two requests, one of which is left untouched."""
+    x = torch.randn(8, 5, 32, generator=torch.Generator().manual_seed(0))
+    for op, strengths in (("clamp", [0.5, NAN]), ("scale", [3.0, 0.0]), ("add", [NAN, 2.0])):
+        rows = rows_of(sae, dict.fromkeys(FEATURES, torch.tensor(strengths)), op=op)
+        want = rows.change(rows.acts(x) if rows.reads else None, 4, 8) @ rows.W_dec
+        torch.testing.assert_close(rows.of_many(x, 4, 8), want, rtol=1e-5, atol=1e-4)
+        assert want.abs().amax((1, 2)).bool().tolist() == [True] * 8 if op == "scale" else [op == "clamp"] * 4 + [
+            op == "add"] * 4
+    assert taken == ["reconstruct"] * 2
+    with pytest.raises(EditError, match="strengths for 2 rows, the batch has 3"):
+        rows.of_many(x[:3], 1, 3)
 
 
 @torch.no_grad()
@@ -140,7 +168,7 @@ def test_weights_of_half_precision_are_widened_as_they_are_read(model, sae, take
 def test_activations_of_half_precision_are_read_as_they_are(model, sae, taken, weights, monkeypatch):
     seen = []
     many = edits.Rows.of_many
-    monkeypatch.setattr(edits.Rows, "of_many", lambda rows, x: (seen.append(x.dtype), many(rows, x))[1])
+    monkeypatch.setattr(edits.Rows, "of_many", lambda rows, x, *of: (seen.append(x.dtype), many(rows, x, *of))[1])
     attach_saes(model.bfloat16(), sae, dtype=weights)
     with model.saes.clamp(VALUES["clamp"]):
         (got,), _ = outcome(model, SITE)
@@ -153,8 +181,9 @@ def test_activations_of_half_precision_are_read_as_they_are(model, sae, taken, w
     assert relative(got.float(), want.float()) < 2e-3
 
 
+@pytest.mark.parametrize(("op", "values"), [("clamp", VALUES["clamp"]), *[(op, v) for op, v, _ in ONE_A_ROW.values()]])
 @pytest.mark.parametrize("followed", [True, False])
-def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypatch):
+def test_gradients_are_those_of_few_features(attached, taken, followed, op, values, monkeypatch):
     """Through what is active, and where that is left to plain operations."""
     backward = []
     for name, value in (("SMALL", 0 if followed else 2**62), ("CROWDED", 1.0),
@@ -163,7 +192,7 @@ def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypa
 
     def gradient():
         attached.zero_grad()
-        with attached.saes.clamp(VALUES["clamp"]):
+        with getattr(attached.saes, op)(values):
             outcome(attached, SITE)[1].square().mean().backward()
         return attached.get_input_embeddings().weight.grad
 
@@ -175,9 +204,9 @@ def test_gradients_are_those_of_few_features(attached, taken, followed, monkeypa
     assert taken == ["reconstruct_with_gradient"]
 
 
-def rows_of(sae, values=VALUES["clamp"], dtype=torch.float32, **more):
-    """The clamp, made ready."""
-    made = edit("clamp", SITE, values, **more)
+def rows_of(sae, values=VALUES["clamp"], dtype=torch.float32, op="clamp", **more):
+    """The edit, made ready."""
+    made = edit(op, SITE, values, **more)
     return edits.Rows.of(made, sae.W_enc.T, sae.b_enc, sae.threshold, sae.W_dec, sae.device, dtype)
 
 
@@ -195,17 +224,17 @@ def test_an_edit_of_most_features_holds_no_copy_of_the_matrices(sae, monkeypatch
     monkeypatch.setattr(edits, "MOST", 2.0)
     want = rows_of(sae, dtype=dtype)
     accuracy = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(rows.of_many(x), want.of_many(x), **accuracy)
+    torch.testing.assert_close(rows.of_many(x, 1, 1), want.of_many(x, 1, 1), **accuracy)
     change = [r.change(r.acts(x), 1, 1) @ r.W_dec.to(dtype) for r in (rows, want)]
     torch.testing.assert_close(*change, **accuracy)
-    torch.testing.assert_close(change[0], rows.of_many(x), **accuracy)
+    torch.testing.assert_close(change[0], rows.of_many(x, 1, 1), **accuracy)
     assert change[0].abs().max() > 1e-3
 
 
 def test_edits_of_less_than_half_of_the_features_and_others_copy_their_rows(sae, monkeypatch):
     monkeypatch.setattr(edits, "MANY", 10)
     for rows in (rows_of(sae, dict.fromkeys(range(31), 0.0)), rows_of(sae, only_if_active=True),
-                 rows_of(sae, {f: torch.ones(2) for f in FEATURES})):
+                 rows_of(sae, {f: 1.0 * f for f in FEATURES}, op="scale"), rows_of(sae, MIXED, op="scale")):
         assert len(rows.W_dec) == len(rows.threshold) < sae.d_sae
     assert len(rows_of(sae, dict.fromkeys(range(32), 0.0)).W_dec) == sae.d_sae
 
@@ -223,7 +252,7 @@ def test_what_is_too_strong_for_many_features_is_said(sae, monkeypatch):
 
 def test_torch_func_sees_plain_operations(sae, taken):
     rows, seen = rows_of(sae), []
-    torch.func.vmap(lambda x: seen.append(rows.of_many(x)) or x)(torch.ones(2, 3, 32))
+    torch.func.vmap(lambda x: seen.append(rows.of_many(x, 1, 2)) or x)(torch.ones(2, 3, 32))
     assert seen == [None]
     assert not taken
 
@@ -233,11 +262,11 @@ def test_what_is_not_finite_stays_with_its_token(sae, taken):
     rows = rows_of(sae)
     x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
     x[1, 2, 3] = torch.nan
-    found, wanted = rows.of_many(x), rows.change(rows.acts(x), 1, 3) @ rows.W_dec
+    found, wanted = rows.of_many(x, 1, 3), rows.change(rows.acts(x), 1, 3) @ rows.W_dec
     torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-5, atol=1e-4)
     assert found[1, 2].isnan().all()
     assert taken
-    assert rows.of_many(x[:, :0]).shape == (3, 0, 32)
+    assert rows.of_many(x[:, :0], 1, 3).shape == (3, 0, 32)
 
 
 @torch.no_grad()
