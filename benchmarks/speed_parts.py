@@ -222,7 +222,8 @@ def clamps(data: Data) -> dict[str, Call]:
     values, acts = torch.linspace(0, 0.1, len(data.W_enc)), dense_encoder(data)
     made = edits.edit("clamp", SITE, dict(enumerate(values.tolist())))
     rows = edits.Rows.of(made, data.W_enc, data.b_enc, data.threshold, data.W_dec, data.x.device, data.x.dtype)
-    ways = {"ours": lambda: rows.of_many(data.x), "dense": lambda: (values - acts(data.x)) @ data.W_dec}
+    ways = {"ours": lambda: rows.of_many(data.x[None], 1, 1)[0],
+            "dense": lambda: (values - acts(data.x)) @ data.W_dec}
     check_same({"change": ways["ours"]()}, {"change": ways["dense"]()})
     return ways
 

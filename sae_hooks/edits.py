@@ -240,9 +240,9 @@ class Rows:
         return change * (acts > 0) if self.only_if_active else change
 
     def of_many(self, x: Tensor, group: int, batch: int) -> Tensor | None:
-        """(new - old activations) @ W_dec (..., d_out) of x (..., d_in), of any dtype, never holding the activations
-        (..., k); (1 or batch, 1, d_out) where nothing is read. None where the edit has few features, or gains that
-        differ by row and feature, or plain operations are the better way."""
+        """(new - old activations) @ W_dec (batch, tokens, d_out) of x (batch, tokens, d_in), of any dtype, never
+        holding the activations (batch, tokens, k); (1 or batch, 1, d_out) where nothing is read. None where the edit
+        has few features, or gains that differ by row and feature, or plain operations are the better way."""
         if self.for_all is None:
             return None
         gain, shift = (_spread(t, group, batch) for t in self.for_all)
