@@ -52,6 +52,7 @@ FLOORS = {
     "sae_hooks/features_cli.py": 12,
     "training/ste.py": 13,
     "training/schedules.py": 13,
+    "training/settings.py": 13,
     "training/codes.py": 13,
     "training/row_adam.py": 14,
     "training/text.py": 13,

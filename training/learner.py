@@ -20,9 +20,10 @@ from sae_hooks.sae import SAE
 from .codes import Held
 from .harvest import SiteInfo
 from .objectives import Batch, JumpReLU, Loss, Objective
-from .objectives.base import expect, like
+from .objectives.base import like
 from .parallel import ALONE, REPLICATED, USUAL, Parallel, feature_first
 from .row_adam import RowAdam, suits
+from .settings import expect, settle
 
 BLOCK = 2**17  # numbers of a matrix that a CPU's cache holds from one pass to the next
 REMEMBER = 0.99  # of the gradients' usual length, a step
@@ -60,9 +61,11 @@ class Trainee:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle(self)
         expect(self, above_0=("d_sae", "clip"), from_0=("learning_rate", "adam_eps", "dead_after"))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"{self.name}: expected two betas of 0 or more and below 1, got {self.betas}")
+        self.objective.check(self.d_sae)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("steps", "batch_size", "report_every", "checkpoint_every"):
             if (value := getattr(self, name)) < 1:
                 raise TrainingError(f"TrainConfig: expected {name} of 1 or more, got {value}")
@@ -93,13 +97,13 @@ def fresh_sae(d_in: int, d_sae: int, d_out: int, gate: Mapping[str, Any], *, tie
     g = torch.Generator().manual_seed(seed)
     W_dec = _unit_rows(d_sae, d_out, g)
     W_enc = W_dec.T.clone() if tied else _unit_rows(d_sae, d_in, g).T
-    return SAE(W_enc, torch.zeros(d_sae), W_dec, torch.zeros(d_out), **gate,
-               W_skip=torch.zeros(d_in, d_out) if skip else None)
+    return SAE(W_enc, W_dec.new_zeros(d_sae), W_dec, W_dec.new_zeros(d_out), **gate,
+               W_skip=W_dec.new_zeros(d_in, d_out) if skip else None)
 
 
 def _unit_rows(n: int, width: int, g: torch.Generator) -> Tensor:
     bound = (6 / width) ** 0.5
-    rows = torch.empty(n, width).uniform_(-bound, bound, generator=g)
+    rows = torch.empty(n, width, dtype=torch.float32).uniform_(-bound, bound, generator=g)
     rows /= rows.norm(dim=1, keepdim=True)
     return rows
 
@@ -252,7 +256,7 @@ class Learner:
         kept = torch.where(first, lengths, torch.minimum(lengths, self.trainee.clip * self.usual))
         for grad, factor in zip(gradients.values(), kept / lengths.clamp(min=1e-30), strict=True):
             grad *= factor
-        self.usual += torch.where(first, 1.0, 1 - REMEMBER) * (kept - self.usual)
+        self.usual += first.double().clamp(min=1 - REMEMBER) * (kept - self.usual)
 
     @torch.no_grad()
     def _move(self, rate: float, batch: Batch) -> None:
@@ -285,7 +289,7 @@ class Learner:
         return None if grad is None else feature_first(name, grad)
 
     def dead(self) -> float:
-        """Share of features that fired on none of the last `dead_after` tokens."""
+        """Share of features that fired on none of the last `dead_after` tokens: 0 until so many were read."""
         dead = self.parallel.over_shards((self.idle > self.trainee.dead_after).double().sum())
         return float(dead / self.trainee.d_sae)
 

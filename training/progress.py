@@ -19,7 +19,7 @@ from .objectives import Loss
 from .objectives.base import spread
 from .parallel import ALONE, Parallel
 
-Row = dict[str, float | int | str]
+Row = dict[str, float | int | str | None]
 Log = Callable[[Row], None]
 
 
@@ -27,8 +27,8 @@ class Progress:
     """Means since the last report, of each learner.
 
     A row has: name, step, tokens; error (mean squared L2 error, of a mean squared norm of 1), fvu (error over the
-    batches' variance), l0 (features active on a token), dead (share), coefficient (of the sparsity), learning_rate,
-    tokens_per_second.
+    batches' variance), l0 (features active on a token), dead (share, None until `dead_after` tokens were read),
+    coefficient (of the sparsity), learning_rate, tokens_per_second.
     """
 
     def __init__(self, folder: Path | None, learners: Mapping[str, Learner], config: TrainConfig, start: int, log: Log,
@@ -71,14 +71,17 @@ class Progress:
             self.log(row)
         if self.path:
             _append(self.path, rows)
-        self.bar.set_postfix_str(f"L0 {rows[0]['l0']:.1f} FVU {rows[0]['fvu']:.3f} dead {rows[0]['dead']:.1%} "
+        dead = "" if rows[0]["dead"] is None else f"dead {rows[0]['dead']:.1%} "
+        self.bar.set_postfix_str(f"L0 {rows[0]['l0']:.1f} FVU {rows[0]['fvu']:.3f} {dead}"
                                  f"{rows[0]['tokens_per_second']:.0f} tokens/s")
 
     def _row(self, learner: Learner, step: int, rate: float) -> Row:
         steps, seconds = step - self.since, time.monotonic() - self.clock
         error, variance, l0 = (self.sums[learner.trainee.name] / steps).tolist()
-        return {"name": learner.trainee.name, "step": step, "tokens": step * self.config.batch_size, "error": error,
-                "fvu": error / variance if variance > 0 else float("nan"), "l0": l0, "dead": learner.dead(),
+        tokens, dead = step * self.config.batch_size, learner.dead()  # all processes ask, or none
+        return {"name": learner.trainee.name, "step": step, "tokens": tokens, "error": error,
+                "fvu": error / variance if variance > 0 else float("nan"), "l0": l0,
+                "dead": dead if tokens > learner.trainee.dead_after else None,
                 "coefficient": learner.objective.coefficient(step - 1),
                 "learning_rate": learner.trainee.learning_rate * rate,
                 "tokens_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9), 1)}

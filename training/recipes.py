@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from sae_hooks.errors import TrainingError
 
 from .learner import TrainConfig, Trainee
 from .objectives import OBJECTIVES, JumpReLU, Objective, TanhJumpReLU, TopK
+from .settings import settle, typed
 
 TARGET_SPARSITY = 2.0  # of the quadratic penalty: an offset of 1 % of l0=60 where a feature buys an error of 0.0006
 Numbers = TypeVar("Numbers", "Recipe", Objective)
@@ -48,6 +48,9 @@ class Recipe:
     buffer_tokens: int
     checkpoint_every: int
 
+    def __post_init__(self) -> None:
+        settle(self)
+
     @property
     def steps(self) -> int:
         """Whole batches in `tokens`."""
@@ -63,7 +66,12 @@ class Recipe:
         return Trainee(name=name, site=site, site_out=site_out, d_sae=self.d_sae, objective=objective, skip=skip,
                        learning_rate=self.learning_rate, betas=self.betas, adam_eps=self.adam_eps,
                        log_threshold=self.log_threshold, centre=self.centre, bf16=self.bf16, clip=self.clip,
-                       seed=seed)
+                       dead_after=self.silence(Trainee.dead_after), seed=seed)
+
+    def silence(self, tokens: int) -> int:
+        """After how many tokens without firing a feature is dead: so many, or fewer in a training that would end
+        before any feature had been silent for so long."""
+        return min(tokens, self.tokens // 20)
 
     def config(self) -> TrainConfig:
         """How long and in what steps. Raises TrainingError if the tokens do not make one step."""
@@ -133,8 +141,7 @@ def _topks(recipe: Recipe, kind: str, l0: Sequence[float], sparsity: Sequence[fl
     if not l0 or sparsity or any(value != int(value) for value in l0):
         raise TrainingError(f"{kind} takes l0, as whole numbers (its k), and no sparsity; got l0 {list(l0)} and "
                             f"sparsity {list(sparsity)}")
-    # A short training would end before any feature has been silent for the published ten million tokens.
-    dead_after = min(10_000_000, recipe.tokens // 20)
+    dead_after = recipe.silence(TopK.dead_after)
     return {f"k_{int(value)}": _with(recipe, kind, k=int(value), dead_after=dead_after) for value in l0}
 
 
@@ -164,18 +171,4 @@ def _read(name: str, text: str, hint: Any) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    for kind in get_args(hint) if isinstance(hint, UnionType) else (hint,):
-        if get_origin(kind) is Literal and value in get_args(kind):
-            return value
-        if get_origin(kind) is tuple and isinstance(value, list) and all(map(_is_number, value)):
-            return tuple(value)
-        if (kind is NoneType and value is None) or (kind is bool and isinstance(value, bool)):
-            return value
-        if kind in (int, float) and _is_number(value) and kind(value) == value:
-            return kind(value)
-    wanted = str(hint).replace("typing.", "") if get_args(hint) else hint.__name__
-    raise TrainingError(f"{name} must be of type {wanted}, got {text!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return typed(name, value, hint)

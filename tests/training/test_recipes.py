@@ -117,10 +117,13 @@ def test_every_number_can_be_set_by_its_name(name, text, value):
     ("objective", "topk", "Recipe has no objective"),
     ("objective.kernel", "square", "kernel must be of type Literal"),
     ("objective.k", "5", "JumpReLU has no k"),
-    ("tokens", "1.5", "tokens must be of type int, got '1.5'"),
+    ("tokens", "1.5", "tokens must be of type int, got 1.5"),
     ("decay", "much", "decay must be of type float"),
     ("centre", "1", "centre must be of type bool"),
-    ("betas", "[true, 0.9]", "betas must be of type tuple"),
+    ("betas", "[true, 0.9]", "betas must be of type float, got True"),
+    ("betas", "0.9", r"betas must be of type tuple\[float, float\], got 0.9"),
+    ("tokens", "NaN", "tokens must be of type int, got nan"),
+    ("tokens", "1e999", "tokens must be of type int, got inf"),
 ])
 def test_a_setting_that_cannot_be_is_explained(name, text, told):
     with pytest.raises(TrainingError, match=told):
@@ -142,8 +145,8 @@ def test_a_setting_that_cannot_be_is_explained(name, text, told):
     (lambda: BatchTopK(k=1, forget=0), "expected forget above 0"),
     (lambda: BatchTopK(k=1, forget=1.5), "BatchTopK: expected forget of at most 1, got 1.5"),
     (lambda: Trainee(name="a", site="b", d_sae=0), "Trainee: expected d_sae above 0, got 0"),
-    (lambda: Trainee(name="a", site="b", d_sae=1, learning_rate=-1), "expected learning_rate of 0 or more"),
-    (lambda: Trainee(name="a", site="b", d_sae=1, betas=(0.0, 1.0)), r"two betas .* got \(0.0, 1.0\)"),
+    (lambda: Trainee(name="a", site="b", d_sae=100, learning_rate=-1), "expected learning_rate of 0 or more"),
+    (lambda: Trainee(name="a", site="b", d_sae=100, betas=(0.0, 1.0)), r"two betas .* got \(0.0, 1.0\)"),
     (lambda: TrainConfig(steps=1, decay=1.1), "expected decay from 0 to 1, got 1.1"),
     (lambda: TrainConfig(steps=1, decay=-0.1), "expected decay from 0 to 1"),
     (lambda: TrainConfig(steps=1, warmup=-1), "TrainConfig: expected warmup of 0 or more, got -1"),

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
 
 from ..codes import Code, Encoder, Factors, Form, Held
 from ..schedules import linear_warmup
+from ..settings import expect, settle
 
 Extra = Mapping[str, Tensor]
 Sum = Callable[[Tensor], Tensor]
@@ -28,15 +28,6 @@ def alone(value: Tensor) -> Tensor:
 def in_one_row(value: Tensor) -> Tensor:
     """What tensors of processes, one beside the other, are where there is one."""
     return value[None]
-
-
-def expect(numbers: object, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
-    """Raise TrainingError where one of these attributes, unless it is None, is not above 0, or not 0 or more."""
-    for name in (*above_0, *from_0):
-        value = getattr(numbers, name)
-        if value is not None and not (value > 0 or (value == 0 and name in from_0)):
-            least = "of 0 or more" if name in from_0 else "above 0"
-            raise TrainingError(f"{type(numbers).__name__}: expected {name} {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +90,11 @@ class Objective:
     shardable: ClassVar[bool] = True  # whether features may be split over processes
 
     def __post_init__(self) -> None:
+        settle(self)
         expect(self, from_0=("sparsity", "warmup"))
+
+    def check(self, d_sae: int) -> None:
+        """Raise TrainingError for numbers that cannot be where there are d_sae features."""
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
@@ -107,7 +102,7 @@ class Objective:
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """The gate that the SAE has in training, as SAE's keyword argument: no threshold, if not said otherwise."""
-        return {"threshold": torch.zeros(d_sae)}
+        return {"threshold": torch.zeros(d_sae, dtype=torch.float32)}
 
     def extra(self, sae: SAE) -> dict[str, Tensor]:
         """Further tensors at the start; those that require grad are trained."""

@@ -13,8 +13,9 @@ from sae_hooks.sae import SAE
 
 from ..codes import CHUNK, Code, encode
 from ..schedules import linear_warmup
+from ..settings import expect
 from ..ste import Kernel, jump_and_step, support
-from .base import Batch, Extra, Loss, Objective, expect, firings, nested_error
+from .base import Batch, Extra, Loss, Objective, firings, nested_error
 
 START_L0 = 64.0
 START = 2.0
@@ -54,9 +55,15 @@ class JumpReLU(Objective):
         if list(self.prefixes) != sorted({m for m in self.prefixes if m >= 0}):
             raise TrainingError(f"prefixes must ascend from 0 or more, got {self.prefixes}")
 
+    def check(self, d_sae: int) -> None:
+        """Raise TrainingError where l0, or a prefix, is not below d_sae."""
+        for name, value in (("an l0", self.l0), *(("a prefix", m) for m in self.prefixes)):
+            if value is not None and value >= d_sae:
+                raise TrainingError(f"{name} of {value:g} is not below the {d_sae} features of the SAE")
+
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """A threshold a feature."""
-        return {"threshold": torch.full((d_sae,), self.threshold or 0.0)}
+        return {"threshold": torch.full((d_sae,), self.threshold or 0.0, dtype=torch.float32)}
 
     def start(self, sae: SAE, x: Tensor) -> None:
         """Set the thresholds by the first batch, if none was given."""

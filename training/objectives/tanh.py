@@ -11,8 +11,9 @@ from torch import Tensor
 from sae_hooks.sae import SAE
 
 from ..codes import Code, encode
+from ..settings import expect
 from ..ste import Kernel, jump_and_step, support
-from .base import Batch, Extra, Loss, Objective, expect, firings, reconstruct, squared_error
+from .base import Batch, Extra, Loss, Objective, firings, reconstruct, squared_error
 from .jumprelu import threshold_of
 
 
@@ -42,7 +43,7 @@ class TanhJumpReLU(Objective):
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """A threshold a feature."""
-        return {"threshold": torch.full((d_sae,), self.threshold)}
+        return {"threshold": torch.full((d_sae,), self.threshold, dtype=torch.float32)}
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""

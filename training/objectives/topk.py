@@ -18,7 +18,8 @@ from sae_hooks.kernels import Triplets, keep_largest, largest
 from sae_hooks.sae import SAE
 
 from ..codes import SparseCode, encode_chosen
-from .base import Batch, Extra, Loss, Objective, expect, firings, like, reconstruct, spread, squared_error
+from ..settings import expect
+from .base import Batch, Extra, Loss, Objective, firings, like, reconstruct, spread, squared_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ class TopK(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect(self, above_0=("k",), from_0=("aux", "aux_k", "dead_after"))
+
+    def check(self, d_sae: int) -> None:
+        """Raise TrainingError where k is above d_sae."""
+        if self.k > d_sae:
+            raise TrainingError(f"a k of {self.k} is above the {d_sae} features of the SAE")
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """The k largest."""
@@ -94,11 +100,11 @@ class BatchTopK(TopK):
 
     def gate(self, d_sae: int) -> dict[str, Tensor | int]:
         """No threshold in training."""
-        return {"threshold": torch.zeros(d_sae)}
+        return {"threshold": torch.zeros(d_sae, dtype=torch.float32)}
 
     def extra(self, sae: SAE) -> dict[str, Tensor]:
         """least: the running average; batches: how many it has seen, at most 1 / forget."""
-        return {"least": torch.zeros((), device=sae.device), "batches": torch.zeros((), device=sae.device)}
+        return {name: torch.zeros((), dtype=torch.float32, device=sae.device) for name in ("least", "batches")}
 
     def __call__(self, sae: SAE, batch: Batch, extra: Extra) -> Loss:
         """The loss on a batch."""
