@@ -28,6 +28,14 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
             "weights": _digest(_sample(name, p) for name, p in model.named_parameters())}
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Of some values of each parameter, the same in bfloat16 and float32; "" where some are off-loaded: those have none
+    to show."""
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return ""
+    return _digest(_sample(name, p.detach().to(torch.bfloat16)) for name, p in model.named_parameters())
+
+
 def sae_identity(sae: SAE) -> dict[str, Any]:
     """Site, sizes and a digest of all tensors; where it came from."""
     tensors = sorted(sae.named_parameters())

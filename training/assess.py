@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
@@ -46,17 +47,18 @@ class Text:
 
 
 class FirstTokens:
-    """The first windows of others, until they hold so many tokens; may be read again and again."""
+    """The first windows of others, until they hold so many tokens; may be read again and again. special_ids: of those
+    that are given, neither these count nor the first token of a window, an attention sink."""
 
-    def __init__(self, windows: Iterable[Window], tokens: int) -> None:
-        self.windows, self.tokens = windows, tokens
+    def __init__(self, windows: Iterable[Window], tokens: int, special_ids: Sequence[int] = ()) -> None:
+        self.windows, self.tokens, self.special_ids = windows, tokens, list(special_ids)
 
     def __iter__(self) -> Iterator[Window]:
         left = self.tokens
         for window in self.windows:
             if left <= 0:
                 return
-            left -= len(window)
+            left -= int((~np.isin(window[1:], self.special_ids)).sum()) if self.special_ids else len(window)
             yield window
 
 

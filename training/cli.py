@@ -19,6 +19,7 @@ from sae_hooks.features_cli import TEXTS, Split
 from sae_hooks.formats.selection import matches, placed, summary, wanted
 from sae_hooks.hub import SaeFile, find_saes, list_saes
 from sae_hooks.hub.sources import open_source
+from sae_hooks.identity import weights_digest
 from sae_hooks.sae import SAE
 from sae_hooks.sites import context_length
 from sae_hooks.terminal import busy, print_table, progress
@@ -124,7 +125,7 @@ def train(
     job = Job(model_name=model_name or _model_name(model), recipes=recipes, text=what, out=out, cache=cache, skip=skip,
               places=places(loaded, layer or [], sites), context=context_length(loaded, context or first.context),
               cache_tokens=cache_tokens or first.tokens, epochs=epochs, seed=seed, data_licence=data_licence,
-              dtype=str(loaded.dtype).removeprefix("torch."))
+              dtype=str(loaded.dtype).removeprefix("torch."), weights=weights_digest(loaded))
     together.by_main(job.claim)
     with _interruptible(out, together.main):
         with _tf32():

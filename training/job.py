@@ -19,9 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 from sae_hooks.documents import prefix_ids
-from sae_hooks.errors import CheckpointError, DataError
+from sae_hooks.errors import CheckpointError, DataError, SaeError
 from sae_hooks.formats.saelens import CONFIG
+from sae_hooks.hub import load_sae
 from sae_hooks.hub.safe_files import json_bytes, parse_json, write_atomically
+from sae_hooks.identity import sae_digest
 from sae_hooks.processes import launched_share
 from sae_hooks.sae import SAE
 from sae_hooks.sites import alias, resolve
@@ -64,7 +66,7 @@ class Job:
     """recipes: by variant; they differ in the objective alone. places: (site, site_out). context: tokens of a window.
     cache: a folder to harvest `cache_tokens` tokens into first, or None for a live stream. epochs: how often the text
     may be read (None: as often as needed). skip: transcoders get an affine skip. dtype: the language model's, by which
-    its activations differ."""
+    its activations differ. weights: `weights_digest` of it, for its name may be that of another one."""
 
     model_name: str
     recipes: Mapping[str, Recipe]
@@ -78,6 +80,7 @@ class Job:
     seed: int = 0
     skip: bool = False
     dtype: str | None = None
+    weights: str = ""
     data_licence: str | None = None
 
     @property
@@ -118,9 +121,10 @@ class Job:
 
     def record(self) -> dict[str, Any]:
         """What decides the activations, beside what the streams and the trainer compare themselves."""
-        return {"model": self.model_name, "text": self.text.name, "split": self.text.split, "field": self.text.field,
-                "shuffled": self.text.shuffled, "context": self.context, "cached": self.cache is not None,
-                "seed": self.seed, "dtype": self.dtype}
+        weights = {"model_weights": self.weights} if self.weights else {}
+        return {"model": self.model_name, **weights, "text": self.text.name, "split": self.text.split,
+                "field": self.text.field, "shuffled": self.text.shuffled, "context": self.context,
+                "cached": self.cache is not None, "seed": self.seed, "dtype": self.dtype}
 
     def run(self, model: nn.Module, tokenizer: Any, device: str | torch.device = "cpu", *,
             parallel: Parallel | None = None, progress: bool = True) -> dict[str, SAE]:
@@ -134,6 +138,7 @@ class Job:
         saes = train(stream, self.trainees(), self.recipe.config(), self.out, device=device, progress=shown,
                      parallel=parallel)
         for name, sae in saes.items() if parallel.main else ():
+            _keep_facts(sae, self.folder(name))
             sae.metadata |= self.described(tokenizer, stream)
             sae.save_pretrained(self.folder(name))
         return saes
@@ -153,7 +158,9 @@ class Job:
     def _harvest(self, cache: Path, model: nn.Module, sites: Sequence[str], texts: Windows, special: Sequence[int],
                  progress: bool) -> None:
         """Fill the cache with this process' part of the shards that are not there yet."""
-        some, per_shard = FirstTokens(texts, self.cache_tokens), max(1, SHARD_TOKENS // self.context)
+        # what is no row: special tokens, and attention sinks, which are more than the first tokens of windows
+        some = FirstTokens(texts, self.cache_tokens + self.recipe.batch_size, special)
+        per_shard = max(1, SHARD_TOKENS // self.context)
         infos = harvest_infos(model, cache, sites, some, special, model_name=self.model_name, window=self.context,
                               seed=self.seed, windows_per_shard=per_shard, text=texts)
         share = self.cache_tokens // launched_share()[1]
@@ -167,6 +174,20 @@ class Job:
                                  "prepend_bos": bool(prefix_ids(tokenizer)), "data_licence": self.data_licence,
                                  "text_epochs": epochs_read(stream)}
         return {name: value for name, value in facts.items() if value is not None}
+
+
+def _keep_facts(sae: SAE, folder: Path) -> None:
+    """Give an SAE the statistics and metadata of the one in a folder, if that has its weights: what was found out since
+    it was written there."""
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        there = load_sae(folder)
+    except (SaeError, OSError):  # it is written anew
+        return
+    if sae_digest(there) == sae_digest(sae):
+        facts = {name: value for name, value in there.metadata.items() if name != "source"}
+        sae.metadata, sae.statistics = facts | sae.metadata, there.statistics
 
 
 def epochs_read(stream: Stream) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_hooks.errors import CheckpointError, DataError
+from sae_hooks.identity import weights_digest
 
 from .harvest import (
     NORM_WINDOWS,
@@ -100,6 +101,7 @@ class LiveStream:
         self.model_name = config_name if model_name is None else model_name
         self.buffer_tokens = buffer_tokens
         self._model, self._special_ids, self._tokens_per_batch = model, list(special_ids), tokens_per_batch
+        self._weights = weights_digest(model)
         self._share, self._device, self._buffer_device = share, torch.device(device), torch.device(buffer_device)
         self._reader = _Reader(opened, epochs, share)
         self._generator = torch.Generator().manual_seed(seed)
@@ -219,7 +221,8 @@ class LiveStream:
 
     def _origin(self) -> dict[str, str | int]:
         """What the rows depend on beside the state itself; the text by a digest of its first windows."""
+        weights = {"model_weights": self._weights} if self._weights else {}
         return {"source": f"{self.model_name} at {', '.join(self.sites)}, share {self._share[0]} of {self._share[1]}, "
                           f"through {self.buffer_tokens:,} tokens",
                 "text": self._texts[-1], "special_ids": json.dumps(sorted({int(i) for i in self._special_ids})),
-                "tokens_per_batch": self._tokens_per_batch}
+                "tokens_per_batch": self._tokens_per_batch, **weights}

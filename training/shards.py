@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sae_hooks.errors import DataError, SaeWarning
+from sae_hooks.identity import weights_digest
 from sae_hooks.processes import launched_share
 
 from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, harvest, measure_sites
-from .text import Window
+from .text import Window, check_rereadable
 
-UNSTATED: Mapping[str, Any] = {"sites": (), "windows_per_shard": 0, "text": ""}  # as older harvests leave them
+UNSTATED: Mapping[str, Any] = {  # as older harvests leave them
+    "sites": (), "windows_per_shard": 0, "text": "", "special_ids": (), "model_weights": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,10 @@ class HarvestInfo:
     """What a folder of shards says of itself.
 
     typical_norm and rms_norm: median and root mean square of the L2 norms of ordinary tokens, in the model's units.
-    window: tokens of context. The last three say what `write_shards` was given, and are empty in a harvest from before
-    they were stored: all sites of the folder, the windows of a shard, and a digest of the first shard's windows, of
-    which there may be more by now.
+    window: tokens of context. The others say what `write_shards` was given, and are empty in a harvest from before
+    they were stored: all sites of the folder, the windows of a shard, a digest of the first shard's windows, of which
+    there may be more by now, the ids of tokens that were left out, and the model's `weights_digest`, which is also
+    empty for one that was partly off-loaded.
     """
 
     site: str
@@ -50,6 +53,8 @@ class HarvestInfo:
     sites: tuple[str, ...] = ()
     windows_per_shard: int = 0
     text: str = ""
+    special_ids: tuple[int, ...] = ()
+    model_weights: str = ""
 
     @property
     def measured(self) -> SiteInfo:
@@ -64,10 +69,12 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
     windows and stored there. Of several processes that measure at once, the first one's norms count for all.
 
     text: all windows there are, where those to harvest are the first of them: so few might not tell it from others.
-    Raises DataError if folder holds another harvest, or if windows has no ordinary token.
+    Raises DataError if folder holds another harvest, if windows has no ordinary token, or is an iterator, which can be
+    read only once.
     """
+    check_rereadable(windows)
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
-              "windows_per_shard": windows_per_shard,
+              "windows_per_shard": windows_per_shard, **_read_with(model, special_ids),
               "text": _text(folder, sites, windows if text is None else text, windows_per_shard)}
     for site in sites:
         _check_same(folder / site, stated)
@@ -93,8 +100,10 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
     not full and does not say where it ends, as older versions wrote it; or if a shard cannot be written (a full disk):
     the shards before are kept, and nothing of that one.
     """
+    check_rereadable(windows)
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
+              **_read_with(model, special_ids),
               "text": _text(folder, [i.site for i in infos], windows if text is None else text, windows_per_shard)}
     for info in infos:
         _check_same(folder / info.site, asdict(info) | stated)
@@ -120,7 +129,7 @@ def read_info(folder: Path) -> HarvestInfo:
     path = folder / "harvest.json"
     try:
         facts = json.loads(path.read_text())
-        return HarvestInfo(**{**facts, "sites": tuple(facts.get("sites", ()))})
+        return HarvestInfo(**{**facts, **{name: tuple(facts.get(name, ())) for name in ("sites", "special_ids")}})
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no harvest.json, so it is no site of a harvest; harvest first") from error
     except (OSError, ValueError, TypeError) as error:
@@ -289,6 +298,11 @@ def _check_same(folder: Path, asked: Mapping[str, Any]) -> None:
              if here != there[name] and UNSTATED.get(name) not in (here, there[name])]
     if other:
         raise DataError(f"{folder} holds another harvest; take a new folder ({'; '.join(other)})")
+
+
+def _read_with(model: nn.Module, special_ids: Sequence[int]) -> dict[str, Any]:
+    """What decides which rows there are, and what stands in them, beside the text."""
+    return {"special_ids": tuple(sorted({int(i) for i in special_ids})), "model_weights": weights_digest(model)}
 
 
 def _text(folder: Path, sites: Sequence[str], windows: Iterable[Window], most: int) -> str:

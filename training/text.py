@@ -80,13 +80,16 @@ def windows(texts: Iterable[str] | Callable[[int], Iterable[str]], tokenizer: An
     texts: `documents`, another re-iterable, or a callable that opens an epoch's.
 
     Every window, not only a text's first, begins with what the tokenizer puts before a text (Gemma: BOS), since that is
-    what a model sees at inference; add_special_tokens=False leaves it out. Raises DataError if nothing is long enough.
+    what a model sees at inference; add_special_tokens=False leaves it out. Raises DataError at once for texts that can
+    be read only once, while reading for what is no text, or if nothing is long enough.
     """
     prefix = prefix_ids(tokenizer) if add_special_tokens else ()
     if length < len(prefix) + 2:
         raise DataError(f"windows of {length} tokens leave no room for text after {len(prefix)} special ones")
 
     def cut_all(some: list[str]) -> list[list[Window]]:
+        if other := [text for text in some if not isinstance(text, str)]:
+            raise DataError(f"expected texts, got {described(other[0])}; documents(...) takes them from rows")
         ids = tokenizer(some, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [cut(text, length, prefix) for text in ids]
 
@@ -116,7 +119,8 @@ class Windows:
 
     def __init__(self, texts: Any, cut_all: Callable[[list[Any]], list[list[Window]]] | None = None) -> None:
         """texts: a re-iterable, or a callable epoch -> iterable. cut_all gives the windows of each of some texts;
-        None: the texts are windows already."""
+        None: the texts are windows already. Raises DataError for what can be read only once."""
+        check_rereadable(texts)
         self._source, self._cut_all = texts, cut_all or (lambda some: [[text] for text in some])
 
     def __iter__(self) -> Iterator[Window]:
@@ -151,6 +155,15 @@ class Windows:
             self._source.set_epoch(epoch)
         whole: Iterable[Any] = self._source
         return whole
+
+
+def check_rereadable(texts: Any) -> None:
+    """Raise DataError for an iterator, which would be empty at the second reading, and for a single text."""
+    if isinstance(texts, Iterator):
+        raise DataError("an iterator can be read only once; give a list, an object that is read anew each time, or a "
+                        "callable that opens an epoch's")
+    if isinstance(texts, str):
+        raise DataError("a text itself goes into a list: [text]; a file or data set into documents(...)")
 
 
 def _shuffled(plain: Documents, seed: int | None) -> Documents:

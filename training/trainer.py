@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,11 +50,20 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
     or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
     training: what was saved before stays. Raises DataError where the texts end early, or the model gives activations
     that are not finite: what is done is saved then, and more text behind it (unless it is shuffled) or more activations
-    let it go on. It comes also where shards hold what is not finite: then only what was saved before stays.
+    let it go on. It comes also where shards hold what is not finite: then only what was saved before stays. Raises
+    TrainingError where another process trains in the folder at this moment.
     """
     parallel = stated(parallel)
-    learners = _learners(stream, trainees, device, parallel)
     place = None if folder is None else Path(folder)
+    with torch.inference_mode(False), torch.enable_grad():
+        learners = _learners(stream, trainees, device, parallel)
+        with _alone_in(place, parallel):
+            return _train(stream, learners, config, place, log, progress, parallel)
+
+
+def _train(stream: Stream, learners: Mapping[str, Learner], config: TrainConfig, place: Path | None, log: Log,
+           progress: bool, parallel: Parallel) -> dict[str, SAE]:
+    """The loop itself."""
     start = _resume(place, config, stream, learners, parallel)
     with _interruptible(place is not None, parallel) as stop, \
             Progress(place, learners, config, start, log, progress, parallel) as bar:
@@ -154,6 +164,37 @@ def _described(learner: Learner, stream: Stream, config: TrainConfig) -> SAE:
     sae.metadata |= {"model_name": stream.model_name, "n_training_tokens": config.steps * config.batch_size,
                      "recipe": json.loads(json.dumps(recipe))}
     return sae
+
+
+@contextmanager
+def _alone_in(folder: Path | None, parallel: Parallel) -> Iterator[None]:
+    """Hold the folder against other trainings; the system lets go of it when the process ends, however it does."""
+    held = None if folder is None else parallel.together(lambda: _locked(folder) if parallel.main else None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _locked(folder: Path) -> int | None:
+    """The descriptor that holds the folder; None where the system has no such locks."""
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # what cannot be written to is told when it is to be
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(opened)
+        raise TrainingError(f"another process trains in {folder} at this moment; wait for it, or take another "
+                            "folder") from error
+    except OSError:
+        pass
+    return opened
 
 
 @contextmanager

@@ -8,6 +8,9 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from sae_hooks.errors import DataError, SaeWarning
 from sae_hooks.training.harvest import harvest
-from sae_hooks.training.shards import HarvestInfo, Shards, harvest_infos, read_info, write_shards
+from sae_hooks.training.shards import UNSTATED, HarvestInfo, Shards, harvest_infos, read_info, write_shards
 from sae_hooks.training.stream import CachedStream
 from sae_hooks.training.text import Window, Windows
 
@@ -280,7 +283,7 @@ def test_a_harvest_from_before_the_text_was_noted_is_gone_on_with(
         model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
     write(model_with_a_sink_token, tmp_path, windows=WINDOWS[:1])
     path = tmp_path / SITE / "harvest.json"
-    facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sites", "text", "windows_per_shard")}
+    facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in UNSTATED}
     path.write_text(json.dumps(facts))
 
     assert write(model_with_a_sink_token, tmp_path) == [2, 3, 3]
@@ -297,7 +300,10 @@ def claimed(model: LlamaForCausalLM, folder: Path, **changes: Any) -> list[Harve
 def test_what_was_measured_first_counts_for_whoever_comes_later(
         model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
     first = claimed(model_with_a_sink_token, tmp_path)
-    model_with_a_sink_token.model.embed_tokens.weight *= 1.01  # as another machine would measure a little else
+    path = tmp_path / SITE / "harvest.json"
+    another = {"rms_norm": first[0].rms_norm * 1.01}  # as another machine would measure
+    path.write_text(json.dumps(json.loads(path.read_text()) | another))
+    first[0] = replace(first[0], **another)
 
     assert claimed(model_with_a_sink_token, tmp_path) == first
     assert list(write_shards(model_with_a_sink_token, tmp_path, first, WINDOWS, SPECIAL, windows_per_shard=2)) == [5, 6]
@@ -308,6 +314,25 @@ def test_what_was_measured_first_counts_for_whoever_comes_later(
     with pytest.raises(DataError, match="text: there"):
         claimed(model_with_a_sink_token, tmp_path, windows=WINDOWS[1:])
 
+
+def test_another_model_of_that_name_other_rows_and_windows_read_only_once_are_refused(
+        model_with_a_sink_token: LlamaForCausalLM, tmp_path: Path) -> None:
+    model, infos = model_with_a_sink_token, claimed(model_with_a_sink_token, tmp_path)
+
+    def written(special: Sequence[int] = SPECIAL, windows: Any = WINDOWS) -> list[int]:
+        return list(write_shards(model, tmp_path, infos, windows, special, windows_per_shard=2))
+
+    for wrong, told in ((partial(written, [*SPECIAL, 9]), "special_ids: there"),
+                        (partial(written, windows=iter(WINDOWS)), "read only once"),
+                        (partial(claimed, model, tmp_path, windows=iter(WINDOWS)), "read only once")):
+        with pytest.raises(DataError, match=told):
+            wrong()
+    model.model.embed_tokens.weight *= 2
+    for wrong in (written, partial(claimed, model, tmp_path)):
+        with pytest.raises(DataError, match="model_weights: there"):
+            wrong()
+    model.model.embed_tokens.weight /= 2
+    assert written() == [5, 6]
 
 # --- faults ---------------------------------------------------------------------------------------
 

@@ -224,3 +224,12 @@ def test_windows_without_room_and_texts_without_windows_are_refused(tiny_tokeniz
         list(windows(["word", "long"], plain_tokenizer, 4))
     with pytest.raises(DataError, match="share 1 of 2"):
         list(Windows([[1, 2]]).read(0, share=(1, 2)))
+
+
+@pytest.mark.parametrize(("texts", "told"), [
+    ((text for text in ["a text"]), "an iterator can be read only once"), ("a text", "a text itself goes into a list"),
+    ([{"text": "a text"}], r"expected texts, got an object with text; documents\(...\) takes them from rows"),
+    ([b"a text"], "expected texts, got bytes")])
+def test_what_are_no_texts_to_be_read_again_is_said(texts: Any, told: str, tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=told):
+        list(windows(texts, tiny_tokenizer, 8))

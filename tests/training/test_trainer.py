@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sae_hooks import load_sae
+from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
-from sae_hooks.training import TrainConfig, Trainee, load_checkpoint, train
+from sae_hooks.training import BatchTopK, JumpReLU, TopK, TrainConfig, Trainee, load_checkpoint, train
 from sae_hooks.training.schedules import cosine_warmup, linear_end, linear_warmup
 
 from . import streams
@@ -45,6 +49,73 @@ def shards(tmp_path: Path) -> Path:
 
 def trained(shards: Path, folder: Path | None = None, config: TrainConfig = CONFIG, **more: Any) -> dict[str, SAE]:
     return train(streams.cached(shards), few(), config, folder, **{"progress": False} | more)
+
+
+# --- where and with what ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode])
+def test_a_training_runs_where_gradients_are_switched_off(
+        within: Callable[[], AbstractContextManager[None]], shards: Path) -> None:
+    wanted = trained(shards)
+    with within():
+        assert streams.unequal(trained(shards), wanted) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_training_is_in_float32_whatever_the_default_is(dtype: torch.dtype, shards: Path) -> None:
+    wanted = train(streams.cached(shards), streams.trainees(), CONFIG, progress=False)
+    torch.set_default_dtype(dtype)
+    try:
+        found = train(streams.cached(shards), streams.trainees(), CONFIG, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert streams.unequal(found, wanted) == []
+
+
+def test_numbers_of_other_kinds_are_taken_as_plain_ones(shards: Path, tmp_path: Path) -> None:
+    def saved(number: Callable[[float], Any], folder: Path) -> dict[str, SAE]:
+        whole = partial(np.int64) if number is np.float32 else number
+        jump = JumpReLU(l0=number(2), prefixes=[whole(4)])
+        trainees = [Trainee(name="jump", site=IN, d_sae=whole(24), objective=jump),
+                    Trainee(name="top", site=IN, d_sae=whole(24), objective=TopK(k=whole(2)), betas=[number(0), 0.5])]
+        config = TrainConfig(steps=whole(4), batch_size=whole(40))
+        return train(streams.cached(shards), trainees, config, folder, progress=False)
+
+    found = saved(np.float32, tmp_path / "one"), saved(float, tmp_path / "two")
+    assert streams.unequal(*found) == []
+    assert found[0]["jump"].metadata == found[1]["jump"].metadata
+
+
+@pytest.mark.parametrize(("made", "told"), [
+    (lambda: TrainConfig(steps=6.5), "TrainConfig: steps must be of type int, got 6.5"),
+    (lambda: TrainConfig(steps="6"), "TrainConfig: steps must be of type int, got '6'"),
+    (lambda: Trainee(name="a", site=IN, d_sae=True), "Trainee: d_sae must be of type int, got True"),
+    (lambda: Trainee(name="a", site=None, d_sae=24), "Trainee: site must be of type str, got None"),
+    (lambda: Trainee(name="a", site=IN, d_sae=24, objective="topk"), "objective must be of type Objective, got 'topk'"),
+    (lambda: JumpReLU(kernel="rect"), "JumpReLU: kernel must be of type Literal.*rectangle.*, got 'rect'"),
+    (lambda: JumpReLU(form="tokens"), "JumpReLU: form must be of type Literal"),
+    (lambda: Trainee(name="a", site=IN, d_sae=64, objective=JumpReLU(l0=8, prefixes=(64,))), "a prefix of 64 is not"),
+    (lambda: Trainee(name="a", site=IN, d_sae=60), "an l0 of 60 is not below the 60 features"),
+    (lambda: Trainee(name="a", site=IN, d_sae=64, objective=BatchTopK(k=80)), "a k of 80 is above the 64 features"),
+])
+def test_what_cannot_be_is_said_before_anything_is_trained(made: Callable[[], object], told: str) -> None:
+    with pytest.raises(TrainingError, match=told):
+        made()
+
+
+def test_two_trainings_at_once_in_one_folder_are_refused(shards: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def train_there() -> None:
+        with pytest.raises(TrainingError, match=f"another process trains in {tmp_path / 'run'} at this moment"):
+            trained(shards, tmp_path / "run")
+        refused.append(sorted(path.name for path in (tmp_path / "run").iterdir()))
+
+    stream = streams.Watched(streams.cached(shards), 9, train_there)
+    found = train(stream, few(), CONFIG, tmp_path / "run", progress=False)
+    assert refused == [["checkpoints", "metrics.jsonl"]]
+    assert streams.unequal(trained(shards, tmp_path / "run"), found) == []
 
 
 # --- what comes out -----------------------------------------------------------------------------------------
