@@ -72,4 +72,4 @@ def test_a_cache_has_as_many_activations_as_were_asked_for(text, tmp_path):
     """Special tokens are no activations, and short texts have many."""
     done("train", MODEL, "--text", text, *SMALL, "--tokens", 960, "--cache", tmp_path / "acts", "--epochs", 1,
          "--out", tmp_path / "out")
-    assert 960 <= len(Shards(tmp_path / "acts" / SITE)) < 960 + 64 + 64
+    assert 960 + 64 <= len(Shards(tmp_path / "acts" / SITE)) < 960 + 64 + 64  # a batch more, for attention sinks

@@ -189,11 +189,18 @@ def test_a_state_of_another_stream_is_refused_and_what_differs_named(
         stream.load_state_dict(state)
 
 
+def test_a_state_of_another_model_of_that_name_is_refused(model_with_a_sink_token: LlamaForCausalLM) -> None:
+    state = live(model_with_a_sink_token).state_dict()
+    model_with_a_sink_token.model.norm.weight[3] += 1
+    with pytest.raises(CheckpointError, match=r"something else \(model_weights: there"):
+        live(model_with_a_sink_token).load_state_dict(state)
+
+
 def test_text_may_become_longer_and_an_older_state_that_tells_nothing_of_it_goes_on(
         model_with_a_sink_token: LlamaForCausalLM) -> None:
     state = live(model_with_a_sink_token, WINDOWS[:40]).state_dict()
     older = {name: value for name, value in state.items()
-             if name not in ("text", "special_ids", "tokens_per_batch")}
+             if name not in ("text", "special_ids", "tokens_per_batch", "model_weights")}
 
     for kept in (state, older):
         stream = live(model_with_a_sink_token)
