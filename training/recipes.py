@@ -103,7 +103,7 @@ def variants(recipe: Recipe, kind: str = "jumprelu", l0: Sequence[float] = (),
     """
     if kind not in OBJECTIVES:
         raise TrainingError(f"there is no objective {kind!r}; there are {', '.join(OBJECTIVES)}")
-    if l0 and (len(sparsity) > 1 or not all(value > 0 for value in l0)):
+    if l0 and (len(sparsity) > 1 or not all(0 < value < float("inf") for value in l0)):
         raise TrainingError(f"give L0 above 0, and next to them at most one sparsity; got l0 {list(l0)} and sparsity "
                             f"{list(sparsity)}")
     if kind == "jumprelu":

@@ -30,12 +30,13 @@ GPT2 = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attn.c_proj.input", "hook_
         "hook_resid_mid": "ln_2.input", "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.c_proj.input"}
 NEOX = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attention.dense.input", "hook_attn_out": "attention.dense.output",
         "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.dense_4h_to_h.input"}
-# What a model's name contains -> (list of layers, token embedding, names inside a layer). The first match wins.
+# What in a model's name -> (list of layers, token embedding, names inside a layer). The first match wins. Gemma 1 has no
+# norms after attention and MLP, "gemma-2b" is one, and what else is called gemma ("medgemma") may be any of them.
 FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
-    **dict.fromkeys(("gemma-2", "gemma-3", "gemma2", "gemma3"), ("model.layers", "model.embed_tokens", GEMMA)),
-    **dict.fromkeys(("gpt2", "gpt-2"), ("transformer.h", "transformer.wte", GPT2)),
-    **dict.fromkeys(("pythia", "gpt-neox"), ("gpt_neox.layers", "gpt_neox.embed_in", NEOX)),
-    **dict.fromkeys(("llama", "mistral", "qwen", "smollm", "gemma"), ("model.layers", "model.embed_tokens", LLAMA)),
+    r"\bgemma-?[23](?![0-9a-z])": ("model.layers", "model.embed_tokens", GEMMA),
+    "gpt-?2": ("transformer.h", "transformer.wte", GPT2),
+    "pythia|gpt-neox": ("gpt_neox.layers", "gpt_neox.embed_in", NEOX),
+    r"llama|mistral|qwen|smollm|\bgemma-(?:[27]b|1\.1)\b": ("model.layers", "model.embed_tokens", LLAMA),
 }
 KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
          "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out",
@@ -117,4 +118,4 @@ def _split(site: str) -> tuple[list[str], list[str]]:
 
 def _family(model_name: str | None) -> tuple[str, str, dict[str, str]] | None:
     name = (model_name or "").lower()
-    return next((family for part, family in FAMILIES.items() if part in name), None)
+    return next((family for pattern, family in FAMILIES.items() if re.search(pattern, name)), None)

@@ -77,6 +77,8 @@ def read(config: Mapping[str, Any]) -> Recipe:
     transcodes = "transcoder" in architecture
     _refuse(cfg, facts, architecture)
     model = text(facts, "model_name")
+    if (typical := number(facts, "typical_norm")) is not None and not 0 < typical < float("inf"):
+        raise SaeFormatError(f"typical_norm must be a norm above 0, got {typical}")
     site, site_out = _site(facts, "", model), _site(facts, "_out", model) if transcodes else None
     return Recipe(
         architecture=architecture, needs=ARCHITECTURES[architecture], d_in=size(cfg, "d_in"),

@@ -158,6 +158,8 @@ def test_an_old_flat_config_of_a_topk_sae_names_it_as_an_activation_function():
     ({"architecture": 3}, "architecture must be a string, got 3"),
     ({"metadata": []}, "metadata must be an object"),
     ({"metadata": {"sae_lens_version": "6", "l0": "many"}}, "l0 must be a number, got 'many'"),
+    ({"metadata": {"typical_norm": [1]}}, r"typical_norm must be a number, got \[1\]"),
+    ({"metadata": {"typical_norm": -5}}, "typical_norm must be a norm above 0, got -5.0"),
     ({"architecture": "topk"}, "but k is missing"),
     ({"architecture": "topk", "k": True}, "k must be a whole number"),
     ({"architecture": "topk", "k": 41}, "k must be between 1 and 40"),
@@ -265,6 +267,14 @@ def test_a_model_with_centred_weights_is_warned_about():
     ({"hook_name": "blocks.7.attn.hook_z", "model_name": "pythia-70m"}, "gpt_neox.layers.7.attention.dense.input"),
     ({"hook_name": "model.layers.7.mlp"}, "model.layers.7.mlp.output"),
     ({"hook_name": "hook_embed", "model_name": "gemma-2-2b"}, "model.embed_tokens.output"),
+    ({"hook_name": "blocks.7.hook_attn_out", "model_name": "google/gemma-2b-it"},  # a Gemma 1
+     "model.layers.7.self_attn.o_proj.output"),
+    ({"hook_name": "blocks.7.hook_attn_out", "model_name": "google/gemma-1.1-7b-it"},
+     "model.layers.7.self_attn.o_proj.output"),
+    *[({"hook_name": "blocks.7.hook_attn_out", "model_name": name}, "model.layers.7.post_attention_layernorm.output")
+      for name in ("gemma-2-2b", "google/gemma-3-4b-it", "gemma2", "tiny-gemma2", "models/gemma-3")],
+    *[({"hook_name": "blocks.7.hook_mlp_out", "model_name": name}, None)
+      for name in ("google/medgemma-4b-it", "gemma-3n-E4B", "gemma", "google/shieldgemma-2b", "gemma-2bit")],
     ({"hook_name": "blocks.7.hook_mlp_out"}, None),  # depends on the model, which is not named
     ({"hook_name": "blocks.7.hook_mlp_in", "model_name": "gemma-2-2b"}, None),
     ({"hook_name": "blocks.7.hook_mlp_out", "model_name": "someone/new-model"}, None),

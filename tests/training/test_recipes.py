@@ -90,6 +90,7 @@ def test_every_objective_can_be_had():
     ("relu", {}, "relu has no target: give sparsity"),
     ("gated", {"l0": [5]}, "gated has no target"),
     ("jumprelu", {"l0": [-1]}, "L0 above 0"),
+    ("topk", {"l0": [float("inf")]}, "L0 above 0"),
     ("jumprelu", {"l0": [30], "sparsity": [1.0, 2.0]}, "at most one sparsity"),
 ])
 def test_numbers_that_an_objective_cannot_take_are_refused(kind, numbers, told):
