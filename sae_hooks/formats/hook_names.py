@@ -30,8 +30,8 @@ GPT2 = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attn.c_proj.input", "hook_
         "hook_resid_mid": "ln_2.input", "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.c_proj.input"}
 NEOX = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attention.dense.input", "hook_attn_out": "attention.dense.output",
         "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.dense_4h_to_h.input"}
-# What in a model's name -> (list of layers, token embedding, names inside a layer). The first match wins. Gemma 1 has no
-# norms after attention and MLP, "gemma-2b" is one, and what else is called gemma ("medgemma") may be any of them.
+# What in a model's name -> (list of layers, token embedding, names inside a layer). The first match wins. "gemma-2b" is
+# a Gemma 1, without norms after attention and MLP, and what else is called gemma ("medgemma") may be any of them.
 FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
     r"\bgemma-?[23](?![0-9a-z])": ("model.layers", "model.embed_tokens", GEMMA),
     "gpt-?2": ("transformer.h", "transformer.wte", GPT2),
