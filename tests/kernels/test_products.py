@@ -6,7 +6,7 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import encoding, search, tiles
+from sae_hooks.kernels import encoding, search, tiles, triplets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -202,6 +202,22 @@ def test_a_product_made_in_bfloat16_is_added_to_and_compared_in_float32():
     x, rows, bias = torch.tensor([[1.001]]), torch.tensor([[1.0]]), torch.tensor([2.0**-12])
     _, _, values = kernels.find_above(x, rows, bias, torch.tensor([1.0]), multiply=torch.bfloat16)
     assert values.tolist() == [1 + 2.0**-12]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("run", [0, 10**9])
+def test_entries_of_tiles_are_put_in_order_by_entries_or_by_runs(monkeypatch, run, share, n):
+    monkeypatch.setattr(triplets, "RUN", run)
+    marks = torch.rand(n, 50, generator=torch.Generator().manual_seed(0)) < share
+    marks[3:5, 20:] = False
+    values = torch.arange(n * 50.0).view(n, 50)
+    parts = [(*(marks[:, f].nonzero(as_tuple=True)), values[:, f][marks[:, f]]) for f in (
+        slice(20), slice(20, 20), slice(20, 25), slice(25, 50))]
+    parts = [triplets.moved(part, 0, first) for part, first in zip(parts, (0, 20, 20, 25), strict=True)]
+    found = triplets.by_row(parts, n, values)
+    for one, wanted in zip(found, (*marks.nonzero(as_tuple=True), values[marks]), strict=True):
+        assert torch.equal(one, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
