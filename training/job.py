@@ -83,6 +83,11 @@ class Job:
     weights: str = ""
     data_licence: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises DataError for a skip where there is no transcoder, which alone can have one."""
+        if self.skip and all(site == site_out for site, site_out in self.places):
+            raise DataError("a skip is for transcoders, and none is to be trained; give --site transcoder, or no --skip")
+
     @property
     def recipe(self) -> Recipe:
         """Any of them, for what is the same in all."""

@@ -238,6 +238,7 @@ def test_saes_without_a_training_to_go_on_with_are_not_replaced(texts, one_sae):
     (("--objective", "relu"), 1, "relu has no target: give sparsity"),
     (("--tokens", "63"), 1, "63 tokens are not one batch of 64"),
     (("--site", "nowhere"), 1, "got 'nowhere'"),
+    (("--skip",), 1, "a skip is for transcoders, and none is to be trained"),
     (("--layer", "9"), 1, "has layers 0 to 3"),
     (("--text", "nothing.jsonl"), 1, "there is no file or folder nothing.jsonl"),
     (("--held-out", "nothing.txt"), 1, "there is no file or folder nothing.txt"),
