@@ -86,7 +86,7 @@ class Job:
     def __post_init__(self) -> None:
         """Raises DataError for a skip where there is no transcoder, which alone can have one."""
         if self.skip and all(site == site_out for site, site_out in self.places):
-            raise DataError("a skip is for transcoders, and none is to be trained; give --site transcoder, or no --skip")
+            raise DataError("a skip is for transcoders, and none is to be trained: give such a site, or no skip")
 
     @property
     def recipe(self) -> Recipe:
