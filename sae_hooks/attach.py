@@ -144,6 +144,7 @@ def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dty
             return own
         cast: dict[str, Any] = {name: p.detach().to(dtype) if name.startswith("W_") else p.detach()
                                 for name, p in sae.named_parameters()}
+        hub.weight_files.check_held(cast, dtype)
         return SAE(**cast, k=sae.k, site=sae.site, site_out=sae.site_out, metadata=sae.metadata,
                    statistics=sae.statistics)
 

@@ -25,7 +25,7 @@ from .failures import hub_errors, persist
 from .safe_files import config_bytes, read_config, write_atomically
 from .sources import STATISTICS, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
-from .weight_files import check_finite, read_shapes, read_tensors, safetensors_bytes
+from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -74,7 +74,9 @@ class SaeFile:
         self._read_statistics(sae)
         if not self.source.local:
             sae.metadata.setdefault("source", self.where)
-        return sae.to(device=device, dtype=dtype)
+        with _located(self.where):
+            check_held(dict(sae.to(dtype).named_parameters()), dtype)
+        return sae.to(device)
 
     def _read_statistics(self, sae: SAE) -> None:
         name = beside(self.entry)

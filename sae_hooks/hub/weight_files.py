@@ -78,6 +78,14 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise SaeFormatError("; ".join(wrong))
 
 
+def check_held(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Raise SaeFormatError where values that are cast to a dtype became infinite, as those above 65,504 in float16."""
+    try:
+        check_finite(tensors if dtype == torch.float16 else {})
+    except SaeFormatError as error:
+        raise SaeFormatError(f"{dtype} cannot hold these weights ({error}); take bfloat16 or float32") from error
+
+
 def safetensors_bytes(tensors: dict[str, Tensor], key: str = "format", value: str = "pt") -> bytes:
     """The tensors (contiguous, on the CPU) as a .safetensors file; each on its own, also where they share memory. Its
     metadata has one key: safetensors writes several in a different order each time, and the same content should be the

@@ -16,6 +16,7 @@ import torch
 from hub.files import D, F, arrays, safetensors_file, write_npz
 from safetensors.torch import save_file
 
+from sae_hooks import attach_saes
 from sae_hooks.errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
 from sae_hooks.hub import load_sae, save_pretrained
 
@@ -274,3 +275,15 @@ def test_17_pickles_are_never_opened(name, tmp_path, watched):
             load_sae(source)
         assert not [line for line in opened if line.startswith("open ") and name in line]
     assert not canary.exists()
+
+
+def test_27_values_that_a_dtype_cannot_hold_are_refused_not_infinite(random_model, random_sae, tmp_path):
+    model = random_model("Llama")
+    sae = random_sae(32, 64, "model.layers.1.output")
+    sae.W_dec[7, 3] = 1e5
+    save_pretrained(sae, tmp_path)
+    for load in (lambda: load_sae(tmp_path, dtype=torch.float16),
+                 lambda: attach_saes(model, sae, dtype=torch.float16).saes["model.layers.1.output"]):
+        with pytest.raises(SaeFormatError, match=r"float16 cannot hold these weights \(W_dec has 1 .*\(7, 3\)"):
+            load()
+    assert load_sae(tmp_path, dtype=torch.bfloat16).W_dec.isfinite().all()
