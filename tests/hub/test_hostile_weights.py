@@ -280,10 +280,10 @@ def test_17_pickles_are_never_opened(name, tmp_path, watched):
 def test_27_values_that_a_dtype_cannot_hold_are_refused_not_infinite(random_model, random_sae, tmp_path):
     model = random_model("Llama")
     sae = random_sae(32, 64, "model.layers.1.output")
-    sae.W_dec[7, 3] = 1e5
+    sae.W_enc[7, 3] = 1e5
     save_pretrained(sae, tmp_path)
     for load in (lambda: load_sae(tmp_path, dtype=torch.float16),
                  lambda: attach_saes(model, sae, dtype=torch.float16).saes["model.layers.1.output"]):
-        with pytest.raises(SaeFormatError, match=r"float16 cannot hold these weights \(W_dec has 1 .*\(7, 3\)"):
+        with pytest.raises(SaeFormatError, match=r"float16 cannot hold these weights \(W_enc has 1 .*\(7, 3\)"):
             load()
-    assert load_sae(tmp_path, dtype=torch.bfloat16).W_dec.isfinite().all()
+    assert load_sae(tmp_path, dtype=torch.bfloat16).W_enc.isfinite().all()
