@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from .processes import launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .store import FeatureStore, open_features
 from .store.folder import read_manifest
-from .store.format import EXPORT, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
+from .store.format import EXPORT, MANIFEST, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
 from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
 
 Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
@@ -46,7 +47,8 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 
     Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
     setting, or one made with other edits, splices or adapters in effect, naming what differs; and for a value that
-    dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is there stays.
+    dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is there stays; but
+    an export that was begun, and has no shard yet, gives way to another.
     """
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
@@ -54,14 +56,16 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     window = window_length(model, window)
     settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
                 "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": tokens_per_batch}
+    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
+    to_come = parts(read, window, overlap, tokens_per_shard)
+    first = list(islice(to_come, 1))  # what cannot be read or cut is told before the folder is claimed for it
     rank, processes = launched_share()
     if rank == 0:
         _claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
     wait_for_all()
     export, texts, entries = file_digest(folder / EXPORT), [], {}
     finished = _finished(folder, export, {slot.name for slot in extractor.slots})
-    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
-    for part in parts(read, window, overlap, tokens_per_shard):
+    for part in chain(first, to_come):
         texts.append(_text(part))
         if part.number % processes == rank:
             there = _present(folder, part.number, export, texts[-1], finished)
@@ -103,18 +107,23 @@ def _in_effect(requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> None:
-    """Make the folder this export's, or find that it is."""
+    """Make the folder this export's, or find that it is. One that was begun, and has no shard yet, gives way."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; give a new folder")
     there = read_export(folder)
+    other = differences({k: v for k, v in there.items() if k != "format"}, asked) if there else []
+    written = (folder / MANIFEST).exists() or any(folder.glob("shard-*.safetensors"))
     if there is None:
         present = [path.name for path in folder.iterdir()] if folder.exists() else []
         if foreign := sorted(name for name in present if not name.startswith(".")):
             raise DataError(f"{folder} is not empty ({', '.join(foreign[:5])}) and holds no export; give a new folder")
         write_export(folder, asked)
-    elif other := differences({k: v for k, v in there.items() if k != "format"}, asked):
+    elif other and not written:
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        write_export(folder, asked)
+    elif other:
         raise DataError(f"{folder} holds another export; give a new folder, or what made that one: {'; '.join(other)}")
-    elif not resume:
+    elif written and not resume:
         raise DataError(f"{folder} holds features already; say resume to go on there, or give a new folder")
     if tokenizer is not None and not (folder / TOKENIZER).exists():
         _save_tokenizer(folder, tokenizer)

@@ -55,13 +55,14 @@ def extract(
 
     Read them with `sae_hooks.open_features`, or look at them with `sae-hooks top`.
     """
+    rows = records(text, split=split)  # what is not there is told before a model is loaded for it
     loaded, tokenizer = load_model(model, dtype, device or own_device())
     attach(loaded, source, layer, site, width, l0, revision)
     with counting("extracting", how_many(text, split, limit)) as advance:
         store = export_features(
-            loaded, text, out, tokenizer=tokenizer, dtype=values, activations=activations, window=window,
+            loaded, rows, out, tokenizer=tokenizer, dtype=values, activations=activations, window=window,
             overlap=overlap, tokens_per_batch=tokens_per_batch, resume=resume, progress=advance, field=field,
-            split=split, roles=roles or None, limit=limit)
+            roles=roles or None, limit=limit)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(repr(store))
 

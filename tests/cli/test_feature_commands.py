@@ -51,6 +51,14 @@ def test_extract_goes_on_only_when_it_is_told_to(extract, tmp_path):
     assert "other documents" in extract("--resume").stderr
 
 
+def test_a_mistyped_text_is_told_before_a_model_is_loaded_and_the_folder_stays_free(run, one_sae, extract, tmp_path):
+    missing = run("extract", tmp_path / "no-model", one_sae, "--text", "nope.jsonl", "--out", tmp_path / "features")
+    assert missing.exit_code == 1
+    assert "there is no file or folder nope.jsonl" in missing.stderr
+    assert "expected 'body'" in extract("--field", "body").stderr
+    assert extract().exit_code == 0
+
+
 def test_top_shows_the_strongest_contexts(run, extract, tmp_path):
     extract()
     store = open_features(tmp_path / "features")

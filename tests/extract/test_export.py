@@ -214,6 +214,24 @@ def test_a_folder_of_something_else_is_left_alone(export, tmp_path):
     refused(export, tmp_path, "is not empty")
 
 
+def test_what_cannot_be_read_or_cut_claims_no_folder(export, tmp_path):
+    for wrong, told in (({"documents": tmp_path / "no.txt"}, "there is no file"), ({"field": "body"}, "expected .body"),
+                        ({"overlap": 32}, "leave no room")):
+        with pytest.raises(DataError, match=told):
+            export(tmp_path / "f", **wrong)
+        assert not (tmp_path / "f").exists()
+
+
+def test_an_export_that_was_begun_and_has_no_shard_gives_way_to_another(export, tmp_path):
+    for wrong in ({"tokenizer": None}, {"window": 30}):
+        with pytest.raises(DataError, match="has the token id 9999"):
+            export(tmp_path / "f", [[9999]], **wrong)
+        assert (tmp_path / "f" / "export.json").exists()
+    export(tmp_path / "f", resume=False)
+    export(tmp_path / "whole")
+    assert contents(tmp_path / "f") == contents(tmp_path / "whole")
+
+
 def test_a_file_is_no_folder(export, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match="file is a file"):
