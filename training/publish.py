@@ -11,6 +11,7 @@ from typing import Any
 from sae_hooks.errors import SaeFormatError
 from sae_hooks.hub import SaeFile, list_saes
 from sae_hooks.hub.failures import hub_errors, persist
+from sae_hooks.hub.safe_files import check_contained
 from sae_hooks.hub.sources import open_source
 from sae_hooks.hub.statistics_file import beside
 
@@ -24,10 +25,11 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, lice
                 token: str | None = None) -> str:
     """Upload the SAEs in folder and below it, as one commit; returns its address. Makes the repository if needed.
 
-    Every SAE is read and checked first. The card is folder/README.md if there is one, with repo_id in its usage lines
-    and, if given, the licence in its header; else it is made. All or nothing, and tried again after a lost answer.
-    Raises SaeNotFoundError, SaeFormatError for an SAE of another format than ours, SaeDownloadError (no rights, Hub
-    down) with the client's error as cause.
+    Every SAE is read and checked first, and nothing goes up that is a link out of the folder. The card is
+    folder/README.md if there is one, with repo_id in its usage lines and, if given, the licence in its header; else it
+    is made. All or nothing, and tried again after a lost answer.
+    Raises SaeNotFoundError, SaeFormatError for an SAE of another format than ours, UnsafeFileError for such a link,
+    SaeDownloadError (no rights, Hub down) with the client's error as cause.
     """
     from huggingface_hub import HfApi
 
@@ -51,12 +53,16 @@ def _published(folder: Path) -> list[Path]:
         measured = SaeFile(entry, str(where), source).load().statistics
         found += [where, folder / entry.config, *([folder / str(beside(entry))] if measured is not None else [])]
     pictures = [path for path in (folder / PLOTS).glob("*") if path.suffix in PICTURES]
-    return [*found, *(path for path in (folder / REPORT,) if path.exists()), *sorted(pictures)]
+    found += [*(path for path in (folder / REPORT,) if path.exists()), *sorted(pictures)]
+    for path in found:
+        check_contained(path, folder)
+    return found
 
 
 def _card(folder: Path, repo_id: str, licence: str | None) -> str:
     if not (folder / CARD).exists():
         return make_card(folder, source=repo_id, licence=licence)
+    check_contained(folder / CARD, folder)
     text = (folder / CARD).read_text(encoding="utf-8")
     here, there = (f"attach_saes(model, {json.dumps(name)[:-1]}" for name in (folder.resolve().name, repo_id))
     for end in ('"', "/"):  # of the folder, or of one inside it

@@ -1,0 +1,50 @@
+"""push_folder: what goes up, what stays here, and what becomes of a README.md that is there."""
+
+import itertools
+
+import pytest
+
+from sae_hooks.errors import UnsafeFileError
+from sae_hooks.training.publish import push_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's LFS upload
+SITE = "model.layers.2.output"
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def folder(tmp_path, random_sae):
+    """A folder with an SAE and nothing else."""
+    return random_sae(8, 16, SITE).save_pretrained(tmp_path / "mine")
+
+
+@pytest.fixture
+def push(hub):
+    """push(folder, name=a new one, **how): the repository to which it was pushed."""
+    def run(folder, name=None, **how):
+        name = name or f"alice/published-{next(NUMBERS)}"
+        push_folder(folder, name, token="hf_alice", **how)
+        return hub.repo(name)
+    return run
+
+
+@pytest.mark.parametrize("name", ["plots", "plots/x.png", "report.json", "README.md", "cfg.json"])
+def test_a_link_out_of_the_folder_is_refused_before_anything_goes_up(name, folder, push, hub, tmp_path):
+    secret = tmp_path / "secret"
+    (secret / "plots").mkdir(parents=True)
+    for path in ("plots/x.png", "report.json", "README.md", "cfg.json"):
+        (secret / path).write_bytes((folder / "cfg.json").read_bytes())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(secret / name)
+    before = set(hub.repos)
+    with pytest.raises(UnsafeFileError, match=rf"{name}.* is a link to .*secret"):
+        push(folder)
+    assert set(hub.repos) == before
+
+
+def test_a_link_inside_the_folder_goes_up_as_what_it_leads_to(folder, push, tmp_path):
+    (folder / "plots").mkdir()
+    (folder / "a-picture").write_bytes(b"drawn")
+    (folder / "plots" / "x.png").symlink_to(folder / "a-picture")
+    assert (push(folder).dir / "plots" / "x.png").read_bytes() == b"drawn"
