@@ -6,8 +6,8 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,7 +124,7 @@ def check(
     words = TEXT if text is None else _text_of(text)
     loaded, tokenizer = load_model(model, dtype, device)
     attach(loaded, source, layer, site, width, l0, revision)
-    inputs = _paragraphs(tokenizer, words, tokens).to(loaded.device)
+    inputs = {key: rows.to(loaded.device) for key, rows in _paragraphs(tokenizer, words, tokens).items()}
     saes: Saes = loaded.saes
     report = Report(row for name in progress(list(saes), "checking") for row in saes.check(inputs, name=name))
     _print_report(report)
@@ -215,19 +215,36 @@ def attach(loaded: Any, source: str, layer: int | None, site: str | None, width:
 
 
 def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer), padding on the left. Raises SaeNotFoundError where transformers finds or knows no such
-    model."""
+    """(model, tokenizer), padding on the left. Runs no code of the model's repository. Raises SaeNotFoundError where
+    transformers finds no such model or cannot load it, and where there is no tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=where)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last of a torch without CUDA
-        raise SaeNotFoundError(f"cannot load the language model {name!r}: {error}") from error
+    if where == "meta":
+        raise typer.BadParameter("meta holds no values to compute with; give cpu, cuda ...", param_hint="--device")
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    if len(tokenizer) == len(tokenizer.get_added_vocab()):  # as transformers makes one where no file of it is there
+        raise SaeNotFoundError(f"there is no tokenizer in {name}, or one without a word; save the model's own there: "
+                               "tokenizer.save_pretrained(folder)")
+    with loading(name):
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=where, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return loaded, tokenizer
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What stops transformers from loading a model, as SaeNotFoundError with the reason."""
+    try:
+        yield
+    except Exception as error:  # also ImportError, KeyError, AssertionError, and what tokenizers and safetensors raise
+        told = repr(error) if isinstance(error, KeyError) else str(error)
+        if "trust_remote_code" in told:
+            told = ("it needs code of its own repository, which sae-hooks never runs. If you trust it, load it in "
+                    "Python, and call attach_saes")
+        raise SaeNotFoundError(f"cannot load the language model {name!r}: {told}") from error
 
 
 def _text_of(path: Path) -> str:
@@ -238,8 +255,9 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _paragraphs(tokenizer: Any, text: str, most: int) -> Any:
-    """The first `most` tokens of a text, a row for each paragraph. Raises EditError if there is none."""
+def _paragraphs(tokenizer: Any, text: str, most: int) -> dict[str, torch.Tensor]:
+    """The first `most` tokens of a text, a row for each paragraph, padded on the left: input_ids and attention_mask
+    (paragraphs, tokens). Raises EditError if there is none."""
     rows = [part for part in text.split("\n\n") if part.strip()]
     room, kept = most, []
     for ids in tokenizer(rows)["input_ids"] if rows else []:
@@ -249,7 +267,11 @@ def _paragraphs(tokenizer: Any, text: str, most: int) -> Any:
             break
     if not kept or max(map(len, kept)) < 2:
         raise EditError("the text has not even two tokens to measure on")
-    return tokenizer.pad({"input_ids": kept}, return_tensors="pt")
+    pad = tokenizer.pad_token_id or 0  # any id will do under the mask
+    longest = max(map(len, kept))
+    ids = [[pad] * (longest - len(row)) + row for row in kept]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in kept]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def _strengths(given: Sequence[str] | None) -> dict[int, float | torch.Tensor]:

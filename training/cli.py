@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model
+from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model, loading
 from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
 from sae_hooks.features_cli import TEXTS, Split
 from sae_hooks.formats.selection import matches, placed, summary, wanted
@@ -279,12 +279,10 @@ def _empty_model(name: str) -> Any:
     """The model with all weights on "meta", from its config alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SaeNotFoundError(f"cannot read the config of the language model {name!r}: {error}") from error
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
 
 
 def _report_held_out(job: Job, model: Any, tokenizer: Any, saes: Mapping[str, SAE], held_out: Text,

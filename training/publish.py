@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_hooks.errors import SaeFormatError
+from sae_hooks.errors import DataError, SaeFormatError
 from sae_hooks.hub import SaeFile, list_saes
 from sae_hooks.hub.failures import hub_errors, persist
 from sae_hooks.hub.safe_files import check_contained
@@ -29,7 +29,8 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, lice
     folder/README.md if there is one, with repo_id in its usage lines and, if given, the licence in its header; else it
     is made. All or nothing, and tried again after a lost answer.
     Raises SaeNotFoundError, SaeFormatError for an SAE of another format than ours, UnsafeFileError for such a link,
-    SaeDownloadError (no rights, Hub down) with the client's error as cause.
+    DataError for a README.md that is not UTF-8, SaeDownloadError (no rights, Hub down) with the client's error as
+    cause.
     """
     from huggingface_hub import HfApi
 
@@ -63,7 +64,11 @@ def _card(folder: Path, repo_id: str, licence: str | None) -> str:
     if not (folder / CARD).exists():
         return make_card(folder, source=repo_id, licence=licence)
     check_contained(folder / CARD, folder)
-    text = (folder / CARD).read_text(encoding="utf-8")
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / CARD} is not UTF-8 text: {error}; save it as such, or delete it to have a card "
+                        "made") from error
     here, there = (f"attach_saes(model, {json.dumps(name)[:-1]}" for name in (folder.resolve().name, repo_id))
     for end in ('"', "/"):  # of the folder, or of one inside it
         text = text.replace(here + end, there + end)

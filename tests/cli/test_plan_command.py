@@ -37,4 +37,4 @@ def test_a_plan_of_what_cannot_be_is_refused(run, model, asked, told):
 def test_a_plan_of_a_model_that_is_none_is_refused(run, model, tmp_path):
     result = run("train", tmp_path, "--layer", 2, "--plan")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: cannot read the config of the language model ")
+    assert result.stderr.startswith("error: cannot load the language model ")

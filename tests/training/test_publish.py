@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from sae_hooks.errors import UnsafeFileError
+from sae_hooks.errors import DataError, UnsafeFileError
 from sae_hooks.training.publish import push_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's LFS upload
@@ -48,3 +48,11 @@ def test_a_link_inside_the_folder_goes_up_as_what_it_leads_to(folder, push, tmp_
     (folder / "a-picture").write_bytes(b"drawn")
     (folder / "plots" / "x.png").symlink_to(folder / "a-picture")
     assert (push(folder).dir / "plots" / "x.png").read_bytes() == b"drawn"
+
+
+def test_a_card_that_is_not_utf_8_is_refused_by_name(folder, push, hub):
+    (folder / "README.md").write_bytes("café".encode("latin-1"))
+    before = set(hub.repos)
+    with pytest.raises(DataError, match=r"README\.md is not UTF-8 text: .*; save it as such"):
+        push(folder)
+    assert set(hub.repos) == before
