@@ -6,8 +6,8 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,10 @@ from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
 from .hub.sources import STATISTICS
+from .language_model import load_model
 from .processes import end_group
 from .saes import Saes
+from .sites import context_length, text_config
 from .terminal import busy, print_table, progress, short_warnings, ticks
 
 PROBLEM = 1  # exit code; 2 is bad usage, as typer has it
@@ -124,7 +126,8 @@ def check(
     words = TEXT if text is None else _text_of(text)
     loaded, tokenizer = load_model(model, dtype, device)
     attach(loaded, source, layer, site, width, l0, revision)
-    inputs = {key: rows.to(loaded.device) for key, rows in _paragraphs(tokenizer, words, tokens).items()}
+    rows = _paragraphs(tokenizer, words, tokens, context_length(loaded, tokens))
+    inputs = {key: values.to(loaded.device) for key, values in rows.items()}
     saes: Saes = loaded.saes
     report = Report(row for name in progress(list(saes), "checking") for row in saes.check(inputs, name=name))
     _print_report(report)
@@ -167,6 +170,7 @@ def generate(
         raise typer.BadParameter(f"there is no chat template in {model}", param_hint="--chat")
     attach(loaded, source, layer, site, width, l0, revision)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
+    ask.check_length()
     with ExitStack() as stack:
         asked = _open(stack, loaded.saes, changes, ablate or [], edits, tokens)
         if save_edits:
@@ -214,39 +218,6 @@ def attach(loaded: Any, source: str, layer: int | None, site: str | None, width:
         attach_saes(loaded, source, layer=layer, site=site, width=width, l0=l0, revision=revision)
 
 
-def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer), padding on the left. Runs no code of the model's repository. Raises SaeNotFoundError where
-    transformers finds no such model or cannot load it, and where there is no tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where == "meta":
-        raise typer.BadParameter("meta holds no values to compute with; give cpu, cuda ...", param_hint="--device")
-    with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-    if len(tokenizer) == len(tokenizer.get_added_vocab()):  # as transformers makes one where no file of it is there
-        raise SaeNotFoundError(f"there is no tokenizer in {name}, or one without a word; save the model's own there: "
-                               "tokenizer.save_pretrained(folder)")
-    with loading(name):
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=where, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return loaded, tokenizer
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """What stops transformers from loading a model, as SaeNotFoundError with the reason."""
-    try:
-        yield
-    except Exception as error:  # also ImportError, KeyError, AssertionError, and what tokenizers and safetensors raise
-        told = repr(error) if isinstance(error, KeyError) else str(error)
-        if "trust_remote_code" in told:
-            told = ("it needs code of its own repository, which sae-hooks never runs. If you trust it, load it in "
-                    "Python, and call attach_saes")
-        raise SaeNotFoundError(f"cannot load the language model {name!r}: {told}") from error
-
-
 def _text_of(path: Path) -> str:
     """What a file holds. Raises DataError if that is not UTF-8."""
     try:
@@ -255,13 +226,13 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _paragraphs(tokenizer: Any, text: str, most: int) -> dict[str, torch.Tensor]:
-    """The first `most` tokens of a text, a row for each paragraph, padded on the left: input_ids and attention_mask
-    (paragraphs, tokens). Raises EditError if there is none."""
+def _paragraphs(tokenizer: Any, text: str, most: int, window: int) -> dict[str, torch.Tensor]:
+    """`most` tokens of a text at most, a row for the first `window` of each paragraph, padded on the left: input_ids
+    and attention_mask (paragraphs, tokens). Raises EditError if there is none."""
     rows = [part for part in text.split("\n\n") if part.strip()]
     room, kept = most, []
-    for ids in tokenizer(rows)["input_ids"] if rows else []:
-        kept.append(ids[:room])
+    for ids in tokenizer(rows, verbose=False)["input_ids"] if rows else []:
+        kept.append(ids[:min(room, window)])
         room -= len(kept[-1])
         if room < 2:
             break
@@ -314,14 +285,18 @@ class _Asker:
     settings: dict[str, Any]
     seed: int
 
+    def check_length(self) -> None:
+        """Raise EditError where the text would outgrow learned positions; rotary ones go on, and transformers warns."""
+        if getattr(text_config(self.model), "rope_parameters", None):
+            return
+        read, more = self._inputs(1)["input_ids"].shape[1], self.settings["max_new_tokens"]
+        if (limit := context_length(self.model, read + more - 1)) < read + more - 1:  # the last one is not read
+            raise EditError(f"the prompt has {read} tokens, {more} more are asked for, and {type(self.model).__name__} "
+                            f"takes {limit} at most; give a shorter --prompt or a smaller --max-new-tokens")
+
     def text(self, rows: int) -> list[str]:
         """`rows` continuations from one batch: prompt and text, or the answer alone of a chat."""
-        prompt = self.prompt
-        if self.chat:
-            turns = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = self.tokenizer([prompt] * rows, return_tensors="pt", add_special_tokens=not self.chat)
-        inputs = inputs.to(self.model.device)
+        inputs = self._inputs(rows).to(self.model.device)
         torch.manual_seed(self.seed)
         with ticks(self.settings["max_new_tokens"]) as criteria, torch.no_grad():
             out = self.model.generate(**inputs, **self.settings, stopping_criteria=criteria,
@@ -329,6 +304,13 @@ class _Asker:
         start = inputs["input_ids"].shape[1] if self.chat else 0
         found: list[str] = self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
         return found
+
+    def _inputs(self, rows: int) -> Any:
+        prompt = self.prompt
+        if self.chat:
+            turns = [{"role": "user", "content": prompt}]
+            prompt = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer([prompt] * rows, return_tensors="pt", add_special_tokens=not self.chat)
 
 
 def _label(asked: Edits, row: int) -> str:

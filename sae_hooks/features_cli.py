@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from .cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, attach, load_model
+from .cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, attach
 from .errors import DataError
 from .export import export_features
 from .find import find_features
+from .language_model import load_model
 from .records import OPENERS, TEXT_FILES, records
 from .store import open_features
 from .terminal import busy, counting, print_table

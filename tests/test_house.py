@@ -23,6 +23,7 @@ FLOORS = {
     "sae_hooks/statistics.py": 1,
     "sae_hooks/terminal.py": 1,
     "sae_hooks/forward.py": 1,
+    "sae_hooks/language_model.py": 1,
     "sae_hooks/processes.py": 1,
     "sae_hooks/sae.py": 2,
     "sae_hooks/edits.py": 2,

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, load_model, loading
+from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app
 from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
 from sae_hooks.features_cli import TEXTS, Split
 from sae_hooks.formats.selection import matches, placed, summary, wanted
 from sae_hooks.hub import SaeFile, find_saes, list_saes
 from sae_hooks.hub.sources import open_source
 from sae_hooks.identity import weights_digest
+from sae_hooks.language_model import load_model, loading
 from sae_hooks.sae import SAE
 from sae_hooks.sites import context_length
 from sae_hooks.terminal import busy, print_table, progress

@@ -82,3 +82,44 @@ def test_a_tokenizer_without_padding_and_end_does_for_a_check(run, copy, fitting
     done = run("check", copy, fitting_sae, "--dtype", "float32")
     assert done.exit_code == 0, (done.stderr, done.exception)
     assert "model.layers.2.output: fits\n" in done.stdout
+
+
+# --- how much a model takes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2(random_model, tiny_tokenizer, random_sae, tmp_path):
+    """(folder, folder of an SAE): a GPT-2 of 128 learned positions."""
+    random_model("GPT2", vocab_size=4096).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2", random_sae(32, 64, "transformer.h.1.output").save_pretrained(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_check_reads_of_a_paragraph_what_the_model_takes(run, gpt2, long, tmp_path):
+    (tmp_path / "long.txt").write_text("And it came to pass. " * 200)
+    done = run("check", *gpt2, "--tokens", 1000, *(("--text", tmp_path / "long.txt") if long else ()))
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    tokens = int(done.stdout.split("transformer.h.1.output")[1].split()[0])
+    assert tokens < 128 if long else tokens > 128
+
+
+def test_a_text_that_would_outgrow_learned_positions_is_refused_before_anything_is_written(run, gpt2, tmp_path):
+    edits = tmp_path / "edits.json"
+    for prompt, new in (("In the beginning", 300), ("And it came to pass. " * 200, 1)):
+        done = run("generate", *gpt2, "--prompt", prompt, "--max-new-tokens", new, "--save-edits", edits)
+        assert done.exit_code == 1
+        assert "GPT2LMHeadModel takes 128 at most; give a shorter --prompt" in done.stderr
+        assert not edits.exists()
+
+
+def test_learned_positions_may_be_used_to_the_last(run, gpt2, tiny_tokenizer):
+    prompt = "In the beginning"
+    new = 129 - len(tiny_tokenizer(prompt)["input_ids"])  # the last token is not read
+    assert run("generate", *gpt2, "--prompt", prompt, "--max-new-tokens", new).exit_code == 0
+    assert run("generate", *gpt2, "--prompt", prompt, "--max-new-tokens", new + 1).exit_code == 1
+
+
+def test_rotary_positions_go_on(run, model, one_sae):
+    done = run("generate", model, one_sae, "--prompt", "And it came to pass. " * 60, "--max-new-tokens", 2)
+    assert done.exit_code == 0, done.stderr
