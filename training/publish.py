@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_hooks.errors import DataError, SaeFormatError
-from sae_hooks.hub import SaeFile, list_saes
+from sae_hooks.hub import SaeFile, list_saes, stale_statistics
 from sae_hooks.hub.failures import hub_errors, persist
 from sae_hooks.hub.safe_files import check_contained
 from sae_hooks.hub.sources import open_source
@@ -25,9 +25,10 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, lice
                 token: str | None = None) -> str:
     """Upload the SAEs in folder and below it, as one commit; returns its address. Makes the repository if needed.
 
-    Every SAE is read and checked first, and nothing goes up that is a link out of the folder. The card is
-    folder/README.md if there is one, with repo_id in its usage lines and, if given, the licence in its header; else it
-    is made. All or nothing, and tried again after a lost answer.
+    Every SAE is read and checked first, and nothing goes up that is a link out of the folder. Statistics of an SAE that
+    was at the same place before, where the new one has none, are deleted. The card is folder/README.md if there is one,
+    with repo_id in its usage lines and, if given, the licence in its header; else it is made. All or nothing, and tried
+    again after a lost answer.
     Raises SaeNotFoundError, SaeFormatError for an SAE of another format than ours, UnsafeFileError for such a link,
     DataError for a README.md that is not UTF-8, SaeDownloadError (no rights, Hub down) with the client's error as
     cause.
@@ -79,8 +80,10 @@ def _card(folder: Path, repo_id: str, licence: str | None) -> str:
 
 
 def _commit(api: Any, repo_id: str, files: Mapping[str, Path], card: str) -> str:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                             for name, path in files.items()]
     operations.append(CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=card.encode()))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_statistics(api, repo_id, files)]
     return str(api.create_commit(repo_id, operations, commit_message="Upload SAEs with sae_hooks").commit_url)

@@ -217,14 +217,14 @@ def _commit(api: Any, repo_id: str, files: Mapping[str, Path]) -> str:
 
     operations: list[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
                              for name, path in files.items()]
-    operations += [CommitOperationDelete(path_in_repo=name) for name in _stale(api, repo_id, files)]
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale_statistics(api, repo_id, files)]
     if not api.file_exists(repo_id, "README.md"):
         card = CARD.format(repo_id=repo_id).encode()
         operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
     return str(api.create_commit(repo_id, operations, commit_message="Upload SAE with sae_hooks").commit_url)
 
 
-def _stale(api: Any, repo_id: str, files: Mapping[str, Path]) -> list[str]:
+def stale_statistics(api: Any, repo_id: str, files: Mapping[str, Path]) -> list[str]:
     """Statistics in the repository beside weights that are pushed now without any."""
     places = {name.removesuffix(saelens.WEIGHTS) + STATISTICS for name in files if name.endswith(saelens.WEIGHTS)}
     bare = sorted(places - set(files))

@@ -3,7 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
+from sae_hooks import FeatureStatistics
 from sae_hooks.errors import DataError, UnsafeFileError
 from sae_hooks.training.publish import push_folder
 
@@ -56,3 +58,12 @@ def test_a_card_that_is_not_utf_8_is_refused_by_name(folder, push, hub):
     with pytest.raises(DataError, match=r"README\.md is not UTF-8 text: .*; save it as such"):
         push(folder)
     assert set(hub.repos) == before
+
+
+def test_statistics_of_the_sae_before_do_not_stay_beside_weights_that_have_none(folder, push, random_sae, tmp_path):
+    measured = random_sae(8, 16, SITE, seed=1)
+    measured.statistics = FeatureStatistics(9, *[torch.ones(16)] * 3, torch.ones(3, 16))
+    repo = push(measured.save_pretrained(tmp_path / "measured"))
+    assert "feature_statistics.safetensors" in repo.files()
+    push(folder, repo.id)
+    assert "feature_statistics.safetensors" not in repo.files()
