@@ -73,10 +73,17 @@ def _card(folder: Path, repo_id: str, licence: str | None) -> str:
     here, there = (f"attach_saes(model, {json.dumps(name)[:-1]}" for name in (folder.resolve().name, repo_id))
     for end in ('"', "/"):  # of the folder, or of one inside it
         text = text.replace(here + end, there + end)
-    if licence is not None:
-        text = re.sub(r"\A(---\n(?:(?!---).*\n)*?)license: .*\n",
-                      lambda found: f"{found[1]}license: {json.dumps(licence)}\n", text)
-    return text
+    return text if licence is None else _licensed(text, licence)
+
+
+def _licensed(card: str, licence: str) -> str:
+    """A card with this licence in its header, in place of another if there is one."""
+    line = f"license: {json.dumps(licence)}\n"
+    header = re.match(r"---\n((?:(?!---).*\n)*)---(?:\n|$)", card)
+    if header is None:
+        return f"---\n{line}---\n\n{card}"
+    others = re.sub(r"^license:.*\n(?:[ -].*\n)*", "", header[1], flags=re.MULTILINE)
+    return f"---\n{others}{line}{card[header.end(1):]}"
 
 
 def _commit(api: Any, repo_id: str, files: Mapping[str, Path], card: str) -> str:

@@ -162,6 +162,17 @@ def test_a_licence_given_when_it_is_pushed_stands_in_the_header(licence, trained
     assert header(published(trained[0], "me/mine", licence))["license"] == licence
 
 
+@pytest.mark.parametrize(("card", "kept"), [
+    ("# hello\n", {}), ("---\n\nA rule, and no header.\n", {}),
+    ("---\ntags:\n- sae\n---\n# hello\n", {"tags": ["sae"]}),
+    ("---\nlicense:\n- mit\n- apache-2.0\nlicense_name: x\n---\n# hello\n", {"license_name": "x"})])
+def test_a_licence_given_when_it_is_pushed_stands_in_the_header_of_any_card(card, kept, trained):
+    (trained[0] / "README.md").write_text(card)
+    shown = published(trained[0], "me/mine", "cc-by-4.0")
+    assert header(shown) == {"license": "cc-by-4.0"} | kept
+    assert shown.endswith(card[-8:])
+
+
 def test_a_folder_without_saes_or_with_a_broken_report_is_refused(trained):
     with pytest.raises(SaeNotFoundError, match="no SAE here"):
         make_card(MODELS / "tiny-gemma2")
