@@ -39,7 +39,7 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, lice
     files = {path.relative_to(folder).as_posix(): path for path in _published(folder)}
     card = _card(folder, repo_id, licence)
     api = HfApi(token=token)
-    with hub_errors(f"pushing to {repo_id}", repo_id):
+    with hub_errors(f"pushing to {repo_id}", repo_id, "push"):
         persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         return persist(lambda: _commit(api, repo_id, files, card))
 

@@ -207,7 +207,7 @@ def push_to_hub(sae: SAE | Mapping[str, SAE], repo_id: str, *, path_in_repo: str
         written = sorted(path for path in root.rglob("*") if path.is_file())
         inside = path_in_repo.strip("/")
         files = {f"{inside}/{path.relative_to(root).as_posix()}".lstrip("/"): path for path in written}
-        with hub_errors(f"pushing to {repo_id}", repo_id):
+        with hub_errors(f"pushing to {repo_id}", repo_id, "push"):
             persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
             return persist(lambda: _commit(api, repo_id, files))
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ..errors import SaeDownloadError, SaeError, SaeNotFoundError
 
 WAITS = (0.5, 1.0)  # seconds between three tries
 PATIENCE = 10.0  # seconds after which no further try begins; the client itself waits up to 23 s in some cases
 T = TypeVar("T")
+Doing = Literal["open", "read", "push"]  # what a name that may be a local path stands for; its files; writing
 
 
 @contextlib.contextmanager
-def hub_errors(where: str, repo_id: str) -> Iterator[None]:
+def hub_errors(where: str, repo_id: str, doing: Doing = "read") -> Iterator[None]:
     """What the client raises, as SaeNotFoundError or SaeDownloadError with the reason; the original is its cause."""
     from huggingface_hub import errors as hf
 
+    nor_local = "; and there is no local path of that name" if doing == "open" else ""
     try:
         yield
     except SaeError:
@@ -30,16 +32,17 @@ def hub_errors(where: str, repo_id: str) -> Iterator[None]:
         raise SaeNotFoundError(f"{where}: {repo_id} has no such revision (branch, tag or commit)") from error
     except hf.RepositoryNotFoundError as error:
         raise SaeNotFoundError(f"{where}: no such repository on the Hub, or a private one: check the name, or run "
-                               "`hf auth login`, or pass token=; and no such local path") from error
+                               f"`hf auth login`, or pass token={nor_local}") from error
     except hf.HFValidationError as error:
-        raise SaeNotFoundError(f"{where!r} is neither a local path nor a Hub repository: {error}") from error
+        kind = "neither a local path nor" if doing == "open" else "not"
+        raise SaeNotFoundError(f"{repo_id!r} is {kind} the name of a Hub repository: {error}") from error
     except hf.RemoteEntryNotFoundError as error:
         raise SaeNotFoundError(f"{where}: no such file in the repository at this commit") from error
     except Exception as error:
-        raise SaeDownloadError(f"{where}: {_reason(error)}") from error
+        raise SaeDownloadError(f"{where}: {_reason(error, doing)}{nor_local}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, doing: Doing) -> str:
     """What went wrong, in a line; the client hides it in the cause of "check your connection"."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -47,7 +50,8 @@ def _reason(error: Exception) -> str:
     while (below := chain[-1].__cause__) and below not in chain:
         chain.append(below)
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-        return "not cached, and the client is offline (HF_HUB_OFFLINE); load it once with a connection"
+        offline = "the client is offline (HF_HUB_OFFLINE)"
+        return offline if doing == "push" else f"not cached, and {offline}; load it once with a connection"
     answered = next((e for e in chain if _status(e)), None)
     if answered is not None and _status(answered) in (401, 403):
         return f"the Hub refused access ({_status(answered)}): wrong token, no right, or disabled: {answered}"
@@ -55,7 +59,8 @@ def _reason(error: Exception) -> str:
     if local is not None and answered is None:
         return f"the file system refused: {local}; is there room and permission in the cache (HF_HOME or cache_dir=)?"
     told = answered or chain[-1]
-    return (f"the Hub could not be reached or broke off, and no cached copy is there; try again later "
+    nor_cached = "" if doing == "push" else ", and no cached copy is there"
+    return (f"the Hub could not be reached or broke off{nor_cached}; try again later "
             f"({type(told).__name__}: {str(told).strip() or 'no details'})")
 
 

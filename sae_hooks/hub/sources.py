@@ -52,6 +52,9 @@ def open_source(source: str | Path, *, revision: str | None = None, token: str |
     path = Path(source).expanduser()
     if isinstance(source, Path) or path.exists() or str(source).startswith((".", "/", "~")):
         return LocalSource(path)
+    if "://" in source:
+        raise SaeNotFoundError(f"{source} is an address; give the repository on the Hub as owner/name, or a folder in "
+                               "it as owner/name/folder")
     owner, _, rest = source.partition("/")
     name, _, folder = rest.partition("/")
     return HubSource(f"{owner}/{name}" if name else owner, folder.strip("/"), revision, token, cache_dir)
@@ -108,7 +111,7 @@ class HubSource:
         self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
         self.name = f"{repo_id}/{folder}" if folder else repo_id
         asked = f"{repo_id}@{revision}" if revision else repo_id
-        with hub_errors(asked, repo_id):
+        with hub_errors(asked, repo_id, "open"):
             self.commit = self._resolve(revision)
 
     def files(self) -> Mapping[str, int]:

@@ -1,6 +1,9 @@
 """Faults on the way from the Hub: retried, told, and never a damaged file in use."""
 
+import os
 import resource
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -148,3 +151,30 @@ def test_41_what_a_killed_download_left_does_not_matter(found, gemma_repo, cache
     for name in ("0" * 64 + ".incomplete", "0" * 64 + ".1234-5678.incomplete"):
         (blobs / name).write_bytes(b"half")
     assert right(found.load(), gemma_repo)
+
+
+OFFLINE = """
+import torch
+from sae_hooks import SAE, errors
+from sae_hooks.hub import list_saes
+from sae_hooks.training.publish import push_folder
+
+sae = SAE(torch.ones(2, 3), torch.zeros(3), torch.ones(3, 2), torch.zeros(2), k=1, site="model.layers.1.output")
+sae.save_pretrained("folder")
+for action in (lambda: list_saes("fodler"), lambda: list_saes("fodler/deeper"), lambda: push_folder("folder", "a/b"),
+               lambda: sae.push_to_hub("a/b"), lambda: sae.push_to_hub("a b")):
+    try:
+        action()
+    except errors.SaeError as error:
+        print(error)
+"""
+
+
+def test_offline_a_mistyped_folder_may_be_one_and_a_push_is_not_told_to_load(tmp_path):
+    told = subprocess.run([sys.executable, "-c", OFFLINE], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout.splitlines()
+    offline = "the client is offline (HF_HUB_OFFLINE)"
+    typo = f"not cached, and {offline}; load it once with a connection; and there is no local path of that name"
+    assert told[:2] == [f"fodler: {typo}", f"fodler/deeper: {typo}"]
+    assert told[2:4] == [f"pushing to a/b: {offline}"] * 2
+    assert told[4].startswith("'a b' is not the name of a Hub repository: ")

@@ -293,11 +293,11 @@ def test_a_snapshot_folder_of_the_cache_is_a_source_and_its_links_are_followed(g
 
 def test_38_missing_repositories_revisions_and_files_are_not_found(hub, gemma_repo, cache):
     for source, more, tells in [
-            ("org/nothing", {}, "org/nothing: no such repository on the Hub, or a private one"),
+            ("org/nothing", {}, "org/nothing: no such repository on the Hub, .*; and there is no local path of that"),
             (gemma_repo.id, {"revision": "v9"}, f"{gemma_repo.id}@v9: .* has no such revision"),
             (gemma_repo.id, {"revision": "0" * 40}, "no such revision"),
             (f"{gemma_repo.id}/layer_9", {}, "no SAE here.*found no files"),
-            ("not a name!", {}, "neither a local path nor a Hub repository")]:
+            ("https://hf.co/a/b", {}, "is an address; give "), ("no name!", {}, "neither a local path nor the name")]:
         with pytest.raises(SaeNotFoundError, match=tells):
             find_saes(source, cache_dir=cache, **more)
 
