@@ -158,6 +158,8 @@ def eval_command(
     model_name: ModelName = None, dtype: Dtype = "auto", device: Device = None,
 ) -> None:
     """Evaluate SAEs as the paper does: L0, FVU, what the reconstruction costs the model, shrinkage, frequencies."""
+    if every and l0 is not None:
+        raise typer.BadParameter("--all takes SAEs of every L0; give one of the two", param_hint="--l0")
     what = Text(source=text, field=field, split=split, shuffled=shuffle)
     _check_text(what)
     if plots is not None:

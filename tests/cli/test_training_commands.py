@@ -320,6 +320,12 @@ def test_what_cannot_be_evaluated_is_told_in_one_message(asked, told, trained, t
     assert "Traceback" not in result.stderr
 
 
+def test_eval_of_all_saes_and_of_one_l0_is_bad_usage(trained, texts):
+    result = run("eval", MODEL, trained[0], "--text", texts[1], "--all", "--l0", 5)
+    assert result.exit_code == 2
+    assert "--all takes SAEs of every L0" in result.stderr
+
+
 def test_without_matplotlib_eval_says_so_first_and_train_warns(trained, texts, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("eval", MODEL, "nowhere", "--text", texts[1], "--plots", tmp_path / "plots")
