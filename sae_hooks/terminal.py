@@ -24,7 +24,8 @@ TEXT_COLUMNS = ("site", "SAE", "path")  # to the left, all others to the right
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout: as wide as the terminal, or whole lines in a pipe. None shows as a dash."""
+    """A table on stdout: as wide as the terminal, or whole lines in a pipe. None shows as a dash, what stdout cannot
+    encode as Python escapes it."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -37,14 +38,15 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for name in head:
         table.add_column(name, overflow="fold", justify="left" if name in TEXT_COLUMNS else "right")
     for row in rows:
-        table.add_row(*(Text(_plain(cell)) for cell in row))
+        table.add_row(*(Text(_plain(cell, console.encoding)) for cell in row))
     console.print(table)
 
 
-def _plain(cell: Any) -> str:
-    """A cell as text, control characters written as Python writes them."""
+def _plain(cell: Any, encoding: str) -> str:
+    """A cell as text, what is a control character or not of the encoding written as Python writes it."""
     text = "-" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell)
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c != "\n" else c for c in text)
+    shown = "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c != "\n" else c for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _bar() -> Progress:

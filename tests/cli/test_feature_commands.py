@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
-from sae_hooks.features_cli import how_many
+from sae_hooks.features_cli import app, how_many
 from sae_hooks.store import open_features
 
 ROWS = [{"text": "In the beginning God created the heaven and the earth.", "domain": "bible"},
@@ -83,6 +84,15 @@ def test_top_shows_texts_as_they_are_written(run, model, one_sae, tmp_path):
     assert shown.exit_code == 0, shown.exception
     text = "".join(shown.stdout.replace("«", "").replace("»", "").split())
     assert "x[i]=a[b]:smile:[/red]\\x1b[31m\\x85" in text
+
+
+def test_top_writes_what_the_terminal_cannot_encode_as_python_does(extract, tmp_path):
+    extract()
+    store = open_features(tmp_path / "features")
+    feature = str(int(next(iter(store.shards())).indices[0]))
+    shown = CliRunner(charset="ascii").invoke(app, ["top", str(tmp_path / "features"), feature])
+    assert shown.exit_code == 0, shown.exception
+    assert r"\xab" in shown.stdout
 
 
 def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_path):
