@@ -23,7 +23,7 @@ from ..formats.weights import warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
 from .safe_files import config_bytes, read_config, write_atomically
-from .sources import STATISTICS, Source, open_source
+from .sources import STATISTICS, LocalSource, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
@@ -110,11 +110,12 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
               token: str | None = None, cache_dir: str | Path | None = None) -> list[SaeFile]:
     """The SAEs that are meant, one for each site, in the order of layers. Reads no weights.
 
-    No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"); where a repository has
-    several kinds, the residual stream. `site`: "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a
-    module path with its side; `l0`: nearest wins. Raises SaeNotFoundError listing what there is, SaeDownloadError;
-    SaeFormatError for a config that cannot be read, if that SAE is meant or nothing else fits. Where all layers are
-    meant, one that does not tell its site is left out with a warning.
+    No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"). Without `site`, Gemma Scope
+    gives no embedding, Gemma Scope 2 the residual stream alone, and any other source all kinds that it has. `site`:
+    "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins.
+    Raises SaeNotFoundError listing what there is, SaeDownloadError; SaeFormatError for a config that cannot be read, if
+    that SAE is meant or nothing else fits. Where all layers are meant, one that does not tell its site is left out with
+    a warning.
     """
     want = wanted(layer, site, width, l0)
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -242,7 +243,8 @@ def _offered(at: Source) -> list[Entry]:
         raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened; "
                               "sae_hooks reads none. Convert it to safetensors (there is no allow_pt here)")
     raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for params.npz (Gemma Scope), params.safetensors "
-                           f"(Gemma Scope 2), cfg.json with sae_weights.safetensors (SAELens); found {_few(files)}")
+                           f"(Gemma Scope 2), cfg.json with sae_weights.safetensors (SAELens); found {_few(files)}"
+                           + _unfollowed(at))
 
 
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
@@ -337,6 +339,11 @@ def _folder_name(site: str) -> str:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unfollowed(at: Source) -> str:
+    links = at.linked() if isinstance(at, LocalSource) else []
+    return f". Links to folders are not followed; name one as the source: {', '.join(links[:6])}" if links else ""
 
 
 def _few(files: Mapping[str, int]) -> str:

@@ -45,12 +45,16 @@ def open_source(source: str | Path, *, revision: str | None = None, token: str |
                 cache_dir: str | Path | None = None) -> Source:
     """What exists is local, and so is every Path; anything else is "owner/name" or "owner/name/folder" on the Hub.
 
-    Raises SaeNotFoundError where there is no such thing, also for "", which is not taken for the current folder.
+    Raises SaeNotFoundError where there is no such thing, for "", which is not taken for the current folder, and for a
+    revision of what is local.
     """
     if source == "":
         raise SaeNotFoundError("the source is empty: give a folder, a file or owner/name; '.' is the current folder")
     path = Path(source).expanduser()
     if isinstance(source, Path) or path.exists() or str(source).startswith((".", "/", "~")):
+        if revision is not None:
+            raise SaeNotFoundError(f"{path} is local and has no revision {revision!r}; leave revision out, or name a "
+                                   "repository of the Hub")
         return LocalSource(path)
     if "://" in source:
         raise SaeNotFoundError(f"{source} is an address; give the repository on the Hub as owner/name, or a folder in "
@@ -96,6 +100,11 @@ class LocalSource:
 
     def where(self, path: str = "") -> str:
         return str(self.root / path)
+
+    def linked(self) -> list[str]:
+        """The links to folders, which `files` does not follow."""
+        inside = [] if self.only else [Path(folder, name) for folder, names, _ in os.walk(self.root) for name in names]
+        return sorted(path.relative_to(self.root).as_posix() for path in inside if path.is_symlink())
 
 
 class HubSource:

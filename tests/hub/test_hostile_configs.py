@@ -156,6 +156,15 @@ def test_21_a_link_inside_the_folder_works(tmp_path, random_sae):
     assert load_sae(folder).site == SITE
 
 
+def test_21_links_to_folders_are_not_followed_and_are_told_where_nothing_else_is_there(tmp_path, random_sae):
+    outside = saved(tmp_path, random_sae)
+    (tmp_path / "many/layer_1").mkdir(parents=True)
+    (tmp_path / "many/layer_1/mine").symlink_to(outside)
+    with pytest.raises(SaeNotFoundError, match=r"found no files\. Links to folders are not .*: layer_1/mine$"):
+        load_sae(tmp_path / "many")
+    assert load_sae(tmp_path / "many/layer_1/mine").site == SITE
+
+
 def test_21_in_a_hub_cache_links_lead_to_the_blobs_and_the_shared_blobs_and_nowhere_else(tmp_path, random_sae):
     repo = tmp_path / "hub/models--me--mine"
     folder = save_pretrained(random_sae(D, F, SITE), repo / "snapshots/abc")

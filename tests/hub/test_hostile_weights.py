@@ -130,6 +130,12 @@ def test_9_an_empty_source_is_not_the_current_folder(tmp_path, random_sae, monke
     assert load_sae(".").d_in == D
 
 
+def test_9_a_folder_has_no_revisions(tmp_path, random_sae):
+    folder = random_sae(4, 8, "model.layers.1.output").save_pretrained(tmp_path / "mine")
+    with pytest.raises(SaeNotFoundError, match="mine is local and has no revision 'v1'; leave revision out"):
+        load_sae(folder, revision="v1")
+
+
 def test_9_a_device_behind_a_link_in_a_folder_is_not_read(tmp_path, cheap):
     (tmp_path / "params.npz").symlink_to("/dev/zero")
     with cheap(), pytest.raises(UnsafeFileError, match="a link to /dev/zero, outside"):
