@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ from .errors import DataError, EditError, SaeError, SaeMismatchError, SaeNotFoun
 from .formats import saelens
 from .formats.selection import matches, placed, summary, wanted
 from .hub import SaeFile, SaeTable, find_saes, list_saes, save_pretrained
+from .hub.safe_files import staged
 from .hub.sources import STATISTICS
 from .language_model import load_model
 from .processes import end_group
@@ -202,11 +202,11 @@ def convert(
         found = find_saes(source, layer=layer or None, site=site, width=width, l0=l0, revision=revision)
     targets = _targets(folder, found, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as stage:
+    with staged(folder) as stage:
         for file in progress(found, "converting"):
             sae = file.load(dtype=getattr(torch, dtype) if dtype else None)
             save_pretrained(sae if len(found) == 1 else {str(file.entry.site): sae}, stage)
-        _publish(Path(stage), folder)
+        _publish(stage, folder)
     for target in targets:
         typer.echo(str(target))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -155,6 +158,18 @@ def _clear_leftovers(path: Path) -> None:
         ours = pid == str(os.getpid())
         if pid.isdigit() and (left not in _being_written if ours else not alive(int(pid))):
             left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed after the block; what killed processes left of such is cleared away."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.*.stage"):
+        pid = left.name.split(".")[-3]
+        if pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f".{folder.name}.{os.getpid()}."
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, suffix=".stage") as stage:
+        yield Path(stage)
 
 
 def alive(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """`sae-hooks`: what each command prints, writes and refuses, and its exit codes: 1 a problem, 2 bad usage."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -358,6 +359,25 @@ def test_a_source_that_breaks_half_way_leaves_nothing_behind(run, gemma_scope, t
     assert done.exit_code == 1
     assert "layer_4" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+KILLED = """
+import os, signal
+from sae_hooks.cli import SaeFile, app
+SaeFile.load = lambda *args, **named: os.kill(os.getpid(), signal.SIGKILL)
+app()
+"""
+
+
+def test_what_a_killed_convert_left_is_cleared_away_by_the_next(run, gemma_scope, tmp_path):
+    before = set(tmp_path.iterdir())
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, "convert", gemma_scope, tmp_path / "out"])
+    killed.wait()
+    [left] = set(tmp_path.iterdir()) - before
+    at_work = left.with_name(left.name.replace(str(killed.pid), str(os.getppid())))
+    at_work.mkdir()
+    assert run("convert", gemma_scope, tmp_path / "out").exit_code == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out", at_work}
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(run, gemma_scope, tmp_path):
