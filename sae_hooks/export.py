@@ -19,7 +19,14 @@ from .documents import Document, tokenised
 from .edits import Edits
 from .errors import DataError, SaeFormatError
 from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts, window_length
-from .identity import adapters_identity, differences, model_identity, sae_identity, tokenizer_identity
+from .identity import (
+    adapters_identity,
+    autocast_identity,
+    differences,
+    model_identity,
+    sae_identity,
+    tokenizer_identity,
+)
 from .processes import launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .store import FeatureStore, open_features
@@ -84,11 +91,11 @@ def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any])
     """All that the features depend on, but the text."""
     requests = extractor.saes._runtime.requests()
     edits = Edits(tuple(request.edit for request in requests if isinstance(request, EditRequest)))
-    adapters = adapters_identity(extractor.model)
+    only_some = {"adapters": adapters_identity(extractor.model), "autocast": autocast_identity(extractor.model)}
     return {"model": model_identity(extractor.model), "tokenizer": tokenizer_identity(tokenizer),
             "saes": {slot.name: sae_identity(slot.sae) | {"site": slot.read.key} for slot in extractor.slots},
             "settings": dict(settings), "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json(),
-            **({"adapters": adapters} if adapters else {}), **_in_effect(requests)}
+            **{key: value for key, value in only_some.items() if value}, **_in_effect(requests)}
 
 
 def _in_effect(requests: Sequence[Request]) -> dict[str, Any]:

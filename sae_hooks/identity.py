@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward import input_device
 from .sae import SAE
 
 SAMPLED = 64  # values of each parameter of a model, rows of an SAE: hashing all would take as long as loading it
 TOLD = ("name", "revision", "source")  # for people: the same model may be found under another name
+BY_NAME = ("saes", "open_saes")  # whose keys are users' names, which may be any of those
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
@@ -67,6 +69,14 @@ def adapters_identity(model: nn.Module) -> list[dict[str, Any]]:
             for told, paths in sorted(alike.items())]
 
 
+def autocast_identity(model: nn.Module) -> dict[str, str]:
+    """The device type and dtype of an autocast that is in effect where the model runs; {} if none is."""
+    device = torch.device(input_device(model, torch.device("cpu"))).type
+    if not torch.is_autocast_enabled(device):
+        return {}
+    return {"device": device, "dtype": str(torch.get_autocast_dtype(device)).removeprefix("torch.")}
+
+
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
     """Class and a digest of what decides its ids; None for no tokenizer."""
     if tokenizer is None:
@@ -84,7 +94,8 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
     """Where two identities differ, as "saes.model.layers.2.output.weights: there x, here y"; what only people read is
     left out."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = [key for key in (*there, *(k for k in here if k not in there)) if key not in TOLD]
+        told = () if path in BY_NAME else TOLD
+        keys = [key for key in (*there, *(k for k in here if k not in there)) if key not in told]
         return [one for key in keys for one in differences(there.get(key), here.get(key),
                                                            f"{path}.{key}" if path else str(key))]
     return [] if there == here else [f"{path}: there {there!r}, here {here!r}"]

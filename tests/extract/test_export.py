@@ -151,6 +151,25 @@ def test_another_sae_is_refused(export, model, random_sae, tmp_path):
     refused(export, tmp_path / "f", r"saes.model.layers.2.output.weights: there '\w+', here")
 
 
+@pytest.mark.parametrize("name", ["source", "name", "revision"])
+def test_another_sae_is_refused_under_any_name(export, tiny_gemma2, random_sae, tmp_path, name):
+    attach_saes(tiny_gemma2, random_sae(192, 512, SITE, norm=34), name=name)
+    export(tmp_path, model=tiny_gemma2)
+    tiny_gemma2.saes.detach()
+    attach_saes(tiny_gemma2, random_sae(192, 512, SITE, seed=7, norm=34), name=name)
+    refused(export, tmp_path, rf"saes.{name}.weights: there '\w+', here", model=tiny_gemma2)
+
+
+def test_autocast_belongs_to_what_was_exported(export, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        export(tmp_path / "half")
+        export(tmp_path / "half")
+    refused(export, tmp_path / "half", "autocast: there .*cpu.*bfloat16.*, here None")
+    export(tmp_path / "whole")
+    with torch.autocast("cpu", torch.bfloat16):
+        refused(export, tmp_path / "whole", "autocast: there None, here .*bfloat16")
+
+
 def test_an_edit_that_is_open_belongs_to_what_was_exported(export, model, tmp_path):
     edit = model.saes.add({3: 1.0})
     export(tmp_path / "f")
