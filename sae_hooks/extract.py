@@ -6,6 +6,7 @@ is padded; its rows come out in the order of the documents.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -79,18 +80,19 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
                      tokens_per_batch: int = TOKENS_PER_BATCH, **reading: Any) -> Iterator[Extracted]:
     """Yield the features of all tokens of documents, in their order, some tens of thousands of tokens at a time.
 
-    model has SAEs attached; sites names some of them (default: all). documents: texts, rows with "text", "messages" or
-    "input_ids", files, data sets (`documents.tokenised`, which also takes the rest: field, roles, limit, split,
-    add_special_tokens). window: tokens that the model reads at once, by default 1024, or as many as its config says
-    that it takes if that is less; longer documents are cut, and the last `overlap` tokens of a window are read again as
-    the context of the next. activations: give x beside the features. special_tokens: encode special tokens and
-    attention sinks, too.
+    model has SAEs attached and takes input_ids by name; sites names some of the SAEs (default: all). documents: texts,
+    rows with "text", "messages" or "input_ids", files, data sets (`documents.tokenised`, which also takes the rest:
+    field, roles, limit, split, add_special_tokens). window: tokens that the model reads at once, by default 1024, or as
+    many as its config says that it takes if that is less; longer documents are cut, and the last `overlap` tokens of a
+    window are read again as the context of the next. activations: give x beside the features. special_tokens: encode
+    special tokens and attention sinks, too.
 
     The model runs in eval mode, only as deep as the deepest site, and is left as it was. What is open on it, such as an
     edit at another site, has its effect; features at an edited site are those of before the edit. Memory beside the
     model: one pass of tokens_per_batch positions, and tokens_per_part rows of about 24 bytes a non-zero, and twice
     their activations if asked for. Raises DataError for a row that cannot be read or tokenised, a token id that the
-    model has not, and a window longer than it takes; EditError for a site without an SAE, SaeAttachError without SAEs.
+    model has not, and a window longer than it takes; EditError for a site without an SAE, SaeAttachError without SAEs
+    or input_ids.
     """
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
@@ -130,8 +132,9 @@ class Extractor:
 
     def __init__(self, model: nn.Module, sites: Sequence[str] | None = None, *, activations: bool = False,
                  special_tokens: bool = False, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
-        """Raises SaeAttachError if model has no SAEs, EditError if sites names one that it has not."""
-        self.saes = _attached(model)
+        """Raises SaeAttachError if model has no SAEs or takes no input_ids, EditError if sites names an SAE that it has
+        not."""
+        self.saes, self.takes = _attached(model), _taken(model)
         self.model, self.slots = model, _slots(self.saes, sites)
         self.activations, self.special_tokens, self.tokens = activations, special_tokens, tokens_per_batch
 
@@ -142,7 +145,7 @@ class Extractor:
         origins = part.origins()
         collectors = {slot.name: _Collector(slot, self.activations) for slot in self.slots}
         with eval_mode(self.model), uncompiled(), self._open(list(collectors.values())) as batch_of:
-            for batch in batches(part.windows, self.tokens):
+            for batch in batches(part.windows, self.tokens, padded="attention_mask" in self.takes):
                 batch_of(batch)
                 self._forward(batch)
                 _check_met(collectors)
@@ -152,8 +155,9 @@ class Extractor:
 
     def _forward(self, batch: Batch) -> None:
         where = input_device(self.model, batch.ids.device)
+        inputs = {"attention_mask": batch.mask.to(where), "use_cache": False}
         with suppress(DeepEnoughError):
-            self.model(input_ids=batch.ids.to(where), attention_mask=batch.mask.to(where), use_cache=False)
+            self.model(input_ids=batch.ids.to(where), **{name: inputs[name] for name in self.takes})
 
     @contextmanager
     def _open(self, collectors: list[_Collector]) -> Iterator[Any]:
@@ -187,6 +191,23 @@ def _attached(model: nn.Module) -> Saes:
     if not isinstance(saes, Saes) or not len(saes):
         raise SaeAttachError(f"no SAE is attached to this {type(model).__name__}; attach_saes(model, source) first")
     return saes
+
+
+def _taken(model: nn.Module) -> list[str]:
+    """Which of attention_mask and use_cache the model takes beside input_ids. A wrapper that hands on **kwargs does not
+    say; the model inside it does. Raises SaeAttachError for one that takes no input_ids."""
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" not in takes:
+        if not _takes_all(takes):
+            raise SaeAttachError(f"extraction calls {type(model).__name__}(input_ids=..., attention_mask=...), whose "
+                                 f"forward takes {', '.join(takes) or 'nothing'}; wrap it in a module that takes these")
+        inner = (inspect.signature(module.forward).parameters for module in model.modules())
+        takes = next((found for found in inner if "input_ids" in found), takes)
+    return [name for name in ("attention_mask", "use_cache") if name in takes or _takes_all(takes)]
+
+
+def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _slots(saes: Saes, sites: Sequence[str] | None) -> list[Slot]:
@@ -225,12 +246,18 @@ class Batch:
     places: Tensor
 
 
-def batches(all_windows: Sequence[Window], tokens: int) -> Iterator[Batch]:
-    """Batches of at most `tokens` positions or one window, longest first; windows without a row are passed over."""
+def batches(all_windows: Sequence[Window], tokens: int, padded: bool = True) -> Iterator[Batch]:
+    """Batches of at most `tokens` positions or one window, longest first; windows without a row are passed over.
+
+    padded: windows of several lengths may go together; a model without an attention mask could not tell their ends.
+    """
     starts = np.cumsum([0, *(_rows(w) for w in all_windows)])
     order = sorted((i for i, w in enumerate(all_windows) if _rows(w)), key=lambda i: (-len(all_windows[i].ids), i))
     while order:
-        size = max(1, tokens // len(all_windows[order[0]].ids))
+        longest = len(all_windows[order[0]].ids)
+        size = max(1, tokens // longest)
+        if not padded:
+            size = sum(len(all_windows[i].ids) == longest for i in order[:size])
         mine, order = order[:size], order[size:]
         yield _padded([all_windows[i] for i in mine], [int(starts[i]) for i in mine])
 

@@ -1,8 +1,11 @@
 """extract_features: the rows that a capture gives, whatever the batches, and the model as it was."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sae_hooks import attach_saes
 from sae_hooks.errors import DataError, EditError, SaeAttachError
@@ -171,6 +174,61 @@ def test_a_window_longer_than_the_model_takes_is_refused_with_both_numbers(model
 def test_a_token_id_without_an_embedding_is_refused_by_its_document(model):
     with pytest.raises(DataError, match=r"document 1 has the token id 4096, Gemma2ForCausalLM has ids 0 to 4095"):
         list(extract_features(model, [[2, 4095], [2, 4096]]))
+
+
+class Averaging(nn.Module):
+    """A model of one's own, in which every token sees all of its row, also what comes after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(64, 32), nn.ModuleList([nn.Linear(32, 32) for _ in range(2)])
+
+    def forward(self, input_ids):
+        h = self.embed(input_ids)
+        for layer in self.layers:
+            h = h + layer(h).relu() + h.mean(1, keepdim=True)
+        return h
+
+
+class Masked(Averaging):
+    def forward(self, input_ids, attention_mask=None):
+        assert attention_mask is not None
+        return super().forward(input_ids)
+
+
+class HandingOn(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [nn.Module.eval, HandingOn, partial(torch.compile, backend="eager")],
+                         ids=["plain", "wrapped", "compiled"])
+def test_a_module_without_an_attention_mask_reads_rows_without_padding(random_sae, wrap):
+    torch.manual_seed(0)
+    model = Averaging()
+    rows = [[int(i) for i in torch.randint(3, 64, (n,))] for n in (5, 2, 5, 9, 1, 5)]
+    outside = wrap(model)
+    attach_saes(outside, random_sae(32, 64, "layers.1.input", norm=5.0))
+    (part,) = extract_features(outside, rows, activations=True)
+    name = next(iter(outside.saes))
+    with torch.no_grad():
+        alone = [h + model.layers[0](h).relu() + h.mean(0) for h in map(model.embed, map(torch.tensor, rows))]
+    assert torch.allclose(part.activations[name], torch.cat(alone), atol=1e-5)
+
+
+def test_a_module_with_an_attention_mask_and_no_use_cache_is_given_the_mask(random_sae):
+    model = attach_saes(Masked(), random_sae(32, 64, "layers.1.output"))
+    assert [len(part) for part in extract_features(model, [[5, 6, 7], [8, 9]])] == [5]
+
+
+def test_a_module_that_takes_no_input_ids_is_told_what_is_called(random_sae):
+    model = attach_saes(nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32)), random_sae(32, 64, "1.output"))
+    with pytest.raises(SaeAttachError, match=r"calls Sequential\(input_ids=.*whose forward takes input; wrap it"):
+        extract_features(model, [[5, 6, 7]])
 
 
 def test_a_transcoder_is_encoded_where_it_reads(tiny_gemma2, tiny_tokenizer, random_sae):
