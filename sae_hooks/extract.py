@@ -105,8 +105,8 @@ def window_length(model: nn.Module, window: int | None) -> int:
     if window is None:
         return context_length(model, WINDOW)
     if (limit := context_length(model, window)) < window:
-        raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most (its config's "
-                        "max_position_embeddings); give no more, or leave window out")
+        raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most, by its config; "
+                        "give no more, or leave window out")
     return window
 
 

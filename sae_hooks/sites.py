@@ -127,8 +127,17 @@ def context_length(model: nn.Module, wanted: int) -> int:
     Beyond them learned positions end, and others are such as no training has seen. Models without such a limit
     (state spaces, relative positions) state none, None or -1.
     """
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    return min(wanted, limit) if isinstance(limit, int) and limit > 0 else wanted
+    config = text_config(model)
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limits = [limit - _unused_positions(model) for limit in stated if isinstance(limit, int) and limit > 0]
+    return min([wanted, *limits])
+
+
+def _unused_positions(model: nn.Module) -> int:
+    """Positions before the first that a token gets: RoBERTa's and ESM's count from behind the padding's."""
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
+    return max([table.padding_idx + 1 for table in tables
+                if isinstance(table, nn.Embedding) and table.padding_idx is not None], default=0)
 
 
 def width(model: nn.Module, site: Site) -> int | None:

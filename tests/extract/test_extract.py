@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from sae_hooks import attach_saes
@@ -162,6 +163,22 @@ def test_no_window_is_longer_than_the_model_takes(random_model, random_sae, arch
     model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     (part,) = extract_features(model, [np.arange(300) % 128])
     assert len(part) == 300
+    assert max(read) == longest
+
+
+@pytest.mark.parametrize(("name", "site", "settings", "longest"), [
+    ("Roberta", "encoder.layer.1.output", {"pad_token_id": 1, "max_position_embeddings": 64}, 62),
+    ("Esm", "encoder.layer.1.output", {"pad_token_id": 1, "max_position_embeddings": 66}, 64),
+    ("Bert", "encoder.layer.1.output", {"max_position_embeddings": 64}, 64),
+    ("Mpt", "transformer.blocks.1.output", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, 64)])
+def test_limits_that_are_stated_otherwise_are_kept(random_sae, name, site, settings, longest):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = getattr(transformers, f"{name}Config")(**({} if name == "Mpt" else sizes), vocab_size=128, **settings)
+    model, read = getattr(transformers, f"{name}Model")(config).eval(), []
+    attach_saes(model, random_sae(32, 64, site))
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    (part,) = extract_features(model, [np.arange(150) % 100 + 5])
+    assert len(part) == 150
     assert max(read) == longest
 
 
