@@ -36,7 +36,7 @@ class Document:
     """One row of a source, tokenised.
 
     number: its place in the source, from 0. ids (n,): special tokens as the tokenizer or the chat template puts them;
-    n is 0 for an empty text, [] and None. wanted (n,): the tokens of the roles that were asked for; None: all.
+    n is 0 for an empty text, [], None and NaN. wanted (n,): the tokens of the roles that were asked for; None: all.
     columns: the row's other columns, as JSON has them. prefix: the special tokens that the document begins with and
     that every later window of it begins with again, () if none.
     """
@@ -69,15 +69,17 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
     """Tokenise the rows of a source, in their order, as they are needed.
 
     source: as `records` takes it; its rows are strings, token ids (a list, an array or a tensor (n,)), chat messages
-    (a list of mappings), None, or mappings with one of these under `field` (default: the first of text, messages and
-    input_ids that is there and not None). tokenizer: a transformers tokenizer; None will do where all rows are ids.
+    (a list or an array of mappings), None or NaN, or mappings with one of these under `field` (default: the first of
+    text, messages and input_ids that is there and neither None nor NaN). tokenizer: a transformers tokenizer; None will
+    do where all rows are ids.
     roles: of chats, want only what these wrote: the tokens of a message's content, without the template's words around
     it. add_special_tokens: of texts; a chat has those of its template, ids are taken as they are. limit: documents.
     special_ids: the model's; without a tokenizer a document's prefix is the run of them that it begins with.
 
     Columns become what JSON holds: arrays and tensors lists, dates ISO 8601 strings, NaN None.
 
-    Raises DataError: at once for a source that is missing, while reading for a row that cannot be told or tokenised.
+    Raises DataError: at once for a source that is missing, while reading for a row that cannot be told or tokenised,
+    and at the end if there are chats, but no message in any of them of the roles.
     """
     rows = records(source, split=split)
     if tokenizer is not None and not callable(tokenizer):
@@ -147,6 +149,7 @@ class _Reader:
                  special_ids: Collection[int]) -> None:
         self.tokenizer, self.field, self.roles, self.add = tokenizer, field, roles, add
         self.special_ids = frozenset(special_ids)
+        self.seen: set[str] = set()  # roles, while some are wanted
         self.prefix = prefix_ids(tokenizer) if tokenizer is not None else ()
 
     def documents(self, rows: Iterable[Row]) -> Iterator[Document]:
@@ -158,6 +161,9 @@ class _Reader:
                     yield self.document(row, row.content)
                 else:
                     yield self.document(row, *next(texts if isinstance(row.content, str) else chats))
+        if self.roles is not None and self.seen and not self.roles & self.seen:
+            raise DataError(f"roles={sorted(self.roles)}, but the messages of all documents are of "
+                            f"{', '.join(sorted(self.seen))}; name some of these")
 
     def document(self, row: _Checked, ids: Any, wanted: Mask | None = None) -> Document:
         ids = np.asarray(ids, dtype=np.int32)
@@ -188,12 +194,14 @@ class _Reader:
 
     def checked(self, number: int, where: str, row: Any) -> _Checked:
         content, columns = _parted(row, self.field, where)
-        plain = {name: _json(value, f"{where}: the column {name!r}") for name, value in columns.items()}
+        plain = {name: _plain(value, f"{where}: the column {name!r}") for name, value in columns.items()}
         return _Checked(number, self.content(content, where), plain)
 
     def content(self, content: Any, where: str) -> str | _Chat | Ids:
         """Told by what it is. An empty one is no token ids, whatever the tokenizer would put before it."""
-        if content is None or (isinstance(content, str | Sequence) and not content):
+        if isinstance(content, np.ndarray) and content.dtype == object:  # what a data frame has for a list
+            content = content.tolist()
+        if _is_missing(content) or (isinstance(content, str | Sequence) and not content):
             return np.zeros(0, dtype=np.int32)
         chat = isinstance(content, Sequence) and isinstance(content[0], Mapping)
         if self.roles is not None and not chat:
@@ -202,7 +210,12 @@ class _Reader:
             return _ids(content, where)
         if self.tokenizer is None:
             raise DataError(f"{where}: tokenizer= is needed for {'messages' if chat else 'a text'}")
-        return _rendered(self.tokenizer, content, self.roles, where) if chat else _text(content, where)
+        if not chat:
+            return _text(content, where)
+        rendered = _rendered(self.tokenizer, content, self.roles, where)
+        if self.roles is not None:
+            self.seen.update(message["role"] for message in content)
+        return rendered
 
 
 def _batches(rows: Iterable[_Checked]) -> Iterator[list[_Checked]]:
@@ -225,7 +238,7 @@ def _parted(row: Any, field: str | None, where: str) -> tuple[Any, dict[str, Any
     if not there:
         expected = " or ".join(map(repr, FIELDS if field is None else (field,)))
         raise DataError(f"{where}: expected {expected}, got {described(row)}; name the field with field=")
-    name = next((name for name in there if row[name] is not None), there[0])
+    name = next((name for name in there if not _is_missing(row[name])), there[0])
     columns = {column: value for column, value in row.items() if column != name}
     mask = columns.pop("attention_mask", None) if name == "input_ids" else None
     if mask is not None and not np.all(np.asarray(mask)):
@@ -319,16 +332,28 @@ def _covered(chat: _Chat, offsets: Sequence[tuple[int, int]]) -> Mask:
     return np.asarray(until[found[:, 1]] > until[found[:, 0]])
 
 
+def _is_missing(value: Any) -> bool:
+    """None, or NaN and pandas' NaT: what data frames have for it."""
+    return value is None or (isinstance(value, float | date) and value != value)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A column's value as JSON has it."""
+    try:
+        return _json(value, where)
+    except RecursionError as error:
+        raise DataError(f"{where} is nested too deeply for JSON; convert or remove it") from error
+
+
 def _json(value: Any, where: str) -> Any:
-    """The value as JSON has it."""
     if isinstance(value, np.generic | np.ndarray) and value.dtype.kind == "M":
         fine = str(value.dtype).endswith(FINE)  # these make numbers, not dates
         value = value.astype("datetime64[us]") if fine else value
     if isinstance(value, np.generic | np.ndarray | Tensor):
         value = value.tolist()
-    if isinstance(value, float | date) and value != value:  # NaN, and pandas' NaT: what data frames have for None
+    if _is_missing(value):
         return None
-    if value is None or isinstance(value, str | int) or (isinstance(value, float) and abs(value) < float("inf")):
+    if isinstance(value, str | int) or (isinstance(value, float) and abs(value) < float("inf")):
         return value
     if isinstance(value, date):
         return value.isoformat()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae_hooks.documents import tokenised, windows
@@ -45,7 +46,9 @@ def said_by(tokenizer: Any, messages: Any, roles: Any) -> str:
 
 def test_a_chat_is_tokenised_as_its_template_renders_it(chat_tokenizer: Any) -> None:
     [bare], [row] = (tokenised([row], chat_tokenizer) for row in (MESSAGES, {"messages": MESSAGES, "topic": "llamas"}))
+    [array] = tokenised([np.array(MESSAGES)], chat_tokenizer)
 
+    assert array.ids.tolist() == bare.ids.tolist()
     assert bare.ids.tolist() == row.ids.tolist() == chat_tokenizer.apply_chat_template(MESSAGES)["input_ids"]
     assert bare.ids.tolist().count(BOS) == 1
     assert (bare.wanted, bare.prefix, row.columns) == (None, (BOS,), {"topic": "llamas"})
@@ -58,8 +61,19 @@ def test_a_role_has_the_tokens_of_its_messages_and_of_nothing_around_them(chat_t
     assert chat_tokenizer.decode(found.ids[found.wanted]).strip() == "On the hill.turn"
     assert not any("<" in token or ">" in token for token in wanted)
     assert "Where is the 🦙?" in said_by(chat_tokenizer, MESSAGES, ["user"])
-    assert said_by(chat_tokenizer, MESSAGES, ["nobody"]) == ""
     assert [d.ids.tolist() for d in tokenised([MESSAGES], chat_tokenizer)] == [found.ids.tolist()]
+
+
+def test_roles_that_no_message_of_any_document_has_are_told_at_the_end(chat_tokenizer: Any) -> None:
+    chats = [MESSAGES[:1], MESSAGES[1:2], None]
+    documents = tokenised(chats, chat_tokenizer, roles="asistant")
+
+    with pytest.raises(DataError, match=r"roles=\['asistant'\], but the messages .* are of assistant, user; name"):
+        list(documents)
+    found = list(tokenised(chats, chat_tokenizer, roles=["asistant", "user"]))
+    assert [bool(d.wanted.any()) for d in found] == [True, False, False]
+    assert list(tokenised([], chat_tokenizer, roles="asistant")) == []
+    assert len(list(tokenised([None, []], chat_tokenizer, roles="asistant"))) == 2
 
 
 def test_both_roles_have_what_each_has(chat_tokenizer: Any) -> None:
@@ -146,7 +160,7 @@ def test_the_default_system_prompt_of_smollm2_is_nobodys() -> None:
     assert "You are a helpful AI assistant" in tokenizer.decode(whole.ids)
     assert said_by(tokenizer, MESSAGES, "user") == "Where is the 🦙?user"
     assert said_by(tokenizer, MESSAGES, "assistant").split() == ["On", "the", "hill.", "turn"]
-    assert said_by(tokenizer, MESSAGES, "system") == ""
+    assert said_by(tokenizer, MESSAGES, ["system", "user"]) == "Where is the 🦙?user"
     assert said_by(tokenizer, [{"role": "system", "content": "Be kind."}, *MESSAGES], "system") == "Be kind."
 
 

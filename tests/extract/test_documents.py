@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from datetime import UTC, date, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sae_hooks.errors import DataError
 
 BOS = 2  # of tiny_tokenizer
 LLAMA = "a 🦙 b"
+DEEP = reduce(lambda inner, _: [inner], range(2000), 1)
 
 
 def document(n: int, prefix: tuple[int, ...] = (), wanted: np.ndarray | None = None) -> Document:
@@ -70,7 +72,8 @@ def test_without_a_tokenizer_the_special_ids_that_ids_begin_with_are_their_prefi
 
 
 def test_an_empty_row_is_a_document_without_tokens_in_its_place(tiny_tokenizer: Any) -> None:
-    rows = [None, "", "a", [], {"text": None, "label": 1}, {"text": ""}, {"messages": []}, {"input_ids": None}, "b"]
+    rows = [None, "", "a", [], {"text": None, "label": 1}, {"text": ""}, {"messages": []}, {"input_ids": None}, "b",
+            float("nan"), {"text": float("nan")}, {"messages": np.array([], dtype=object)}]
 
     found = list(tokenised(rows, tiny_tokenizer))
 
@@ -148,6 +151,22 @@ def test_columns_are_kept_as_json_has_them(tiny_tokenizer: Any) -> None:
         "instants": ["2024-02-29T00:00:00", None]}
 
 
+def test_rows_of_a_data_frame_are_documents(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    tiny_tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    frame = pandas.DataFrame({"text": ["one", None, None], "n": [1.5, None, 2.0], "input_ids": [None, None, [BOS, 9]],
+                              "messages": [None, [{"role": "user", "content": "two"}], None]})
+    frame.to_parquet(tmp_path / "frame.parquet")
+
+    found = list(tokenised(pandas.read_parquet(tmp_path / "frame.parquet").to_dict("records"), tiny_tokenizer))
+
+    tiny_tokenizer.chat_template = None
+    assert [tiny_tokenizer.decode(d.ids) for d in found[:2]] == ["<bos>one", "two"]
+    assert found[2].ids.tolist() == [BOS, 9]
+    assert [d.columns["n"] for d in found] == [1.5, None, 2.0]
+
+
 # --- sources --------------------------------------------------------------------------------------
 
 
@@ -188,6 +207,7 @@ def test_a_limit_reads_no_further(tiny_tokenizer: Any) -> None:
     ([True, False], "integers"), ([[1], [2, 3]], "integers"), ([1, None], "integers"), (torch.ones(1, 2), "integers"),
     (["a", "b"], "integers"), ({"text": "a", "raw": b"x"}, "the column 'raw' holds bytes"),
     ({"text": "a", "map": {1: 2}}, "the column 'map' holds an object"),
+    ({"text": "a", "deep": DEEP}, "the column 'deep' is nested too deeply"),
     ("half \ud83d", "surrogate pair at character 5"),
     ({"text": "a", "far": float("inf")}, "the column 'far' holds float inf"),
     ({"input_ids": [5, 0], "attention_mask": [1, 0]}, "padded")])

@@ -162,12 +162,9 @@ def test_another_sae_is_refused_under_any_name(export, tiny_gemma2, random_sae, 
 
 def test_autocast_belongs_to_what_was_exported(export, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
-        export(tmp_path / "half")
-        export(tmp_path / "half")
-    refused(export, tmp_path / "half", "autocast: there .*cpu.*bfloat16.*, here None")
-    export(tmp_path / "whole")
-    with torch.autocast("cpu", torch.bfloat16):
-        refused(export, tmp_path / "whole", "autocast: there None, here .*bfloat16")
+        export(tmp_path)
+        export(tmp_path)
+    refused(export, tmp_path, "autocast: there .*cpu.*bfloat16.*, here None")
 
 
 def test_an_edit_that_is_open_belongs_to_what_was_exported(export, model, tmp_path):
@@ -345,6 +342,14 @@ def test_a_value_that_float16_cannot_hold_is_refused_and_bfloat16_takes_it(expor
     with pytest.raises(DataError, match=r"feature 5 is .* too large for float16; take dtype='bfloat16'"):
         export(tmp_path / "f16")
     assert export(tmp_path / "bf16", dtype="bfloat16").column(5, SITE)[1].max() > 65504
+
+
+def test_roles_that_nobody_has_leave_the_folder_to_those_that_were_meant(export, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    chats = [[{"role": "user", "content": "Add the butter."}]] * 9
+    with pytest.raises(DataError, match="messages of all documents are of user"):
+        export(tmp_path, chats, roles="usr")
+    assert len(export(tmp_path, chats, roles="user")) > 9
 
 
 def test_documents_without_any_token_make_a_store_of_no_rows(export, tmp_path):
