@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import DataError
+from .extras import needed
 
 TEXT_FILES = (".txt", ".md")
 OPENERS: Mapping[str, Callable[..., IO[str]]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
@@ -133,14 +134,11 @@ def _data_set(source: str | Path, split: str, streaming: bool) -> Iterable[Any]:
     if not DATA_SET.fullmatch(source):
         raise DataError(f"there is no file or folder {source[:60]!r}; a text itself goes into a list: [text]")
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(
-            f"there is no file or folder {source}, and to read it as the name of a data set "
-            "needs the datasets library: pip install 'sae-hooks[train]'"
-        ) from error
+        datasets = needed("datasets")
+    except DataError as error:
+        raise DataError(f"there is no file or folder {source}; as the name of a data set, {error}") from error
     try:
-        found: Iterable[Any] = load_dataset(name, configuration or None, split=split, streaming=streaming)
+        found: Iterable[Any] = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise DataError(f"the data set {source} (split {split!r}) cannot be loaded: {error}") from error
     return found

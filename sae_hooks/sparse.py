@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import SaeMismatchError
+from .extras import needed
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -87,9 +88,9 @@ class SparseFeatures:
         return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=size, check_invariants=False)
 
     def to_scipy(self) -> csr_matrix:
-        """A scipy CSR matrix (n, d_sae), on the CPU, float32 or float64. Needs scipy (the `probes` extra)."""
-        from scipy.sparse import csr_matrix
-
+        """A scipy CSR matrix (n, d_sae), on the CPU, float32 or float64. Raises DataError without scipy (the extra
+        `probes`)."""
+        csr_matrix = needed("scipy.sparse").csr_matrix
         values = self.values.detach().cpu()
         wide = values if values.dtype == torch.float64 else values.float()
         parts = (wide.numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())

@@ -1,4 +1,4 @@
-"""A store as Arrow tables, one row a token: Parquet files and `datasets`. Needs pyarrow (the `probes` extra)."""
+"""A store as Arrow tables, one row a token: Parquet files and `datasets`. Needs pyarrow (the extra `probes`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..extras import needed
 from .folder import ShardFolder, copied
 from .format import MANIFEST, file_digest
 
@@ -20,22 +21,20 @@ if TYPE_CHECKING:
 
 def write_parquet(folder: ShardFolder, name: str, path: Path) -> None:
     """One row group for some thousand tokens; the file is there whole or not at all. Raises OSError."""
-    import pyarrow.parquet as pq
-
+    pq = needed("pyarrow.parquet")
     _write_whole(path, lambda file: pq.ParquetWriter(file, _schema(), compression="zstd"), folder, name)
 
 
 def as_dataset(folder: ShardFolder, name: str) -> Dataset:
     """A `datasets.Dataset` on an Arrow file in datasets' cache folder, which is written once a store and site."""
-    import datasets
-    import pyarrow as pa
-
+    datasets, pa = needed("datasets"), needed("pyarrow")
     key = f"{file_digest(folder.path / MANIFEST)[:32]}-{sorted(folder.saes).index(name)}"
     path = Path(datasets.config.HF_DATASETS_CACHE) / "sae_hooks.features" / f"{key}.arrow"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, lambda file: pa.ipc.new_stream(file, _schema()), folder, name)
-    return datasets.Dataset.from_file(str(path))
+    made: Dataset = datasets.Dataset.from_file(str(path))
+    return made
 
 
 def _write_whole(path: Path, writer: Callable[[str], Any], folder: ShardFolder, name: str) -> None:
@@ -52,16 +51,14 @@ def _write_whole(path: Path, writer: Callable[[str], Any], folder: ShardFolder, 
 
 
 def _schema() -> Any:
-    import pyarrow as pa
-
+    pa = needed("pyarrow")
     return pa.schema([("doc_id", pa.uint32()), ("position", pa.uint32()), ("token_id", pa.int32()),
                       ("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))])
 
 
 def _batches(folder: ShardFolder, name: str) -> Iterator[Any]:
     """Record batches over all rows, of bounded size."""
-    import pyarrow as pa
-
+    pa = needed("pyarrow")
     for shard, first, last in folder.parts():
         features = copied(shard, name, first, last)
         offsets = pa.array(features.indptr.numpy().astype(np.int32))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
+from ..extras import needed
 from .folder import ShardFolder
 from .shards import Array, Shard
 
@@ -21,8 +22,7 @@ CELLS = 2**22  # documents times columns reduced at a time: 32 MiB in float64
 def pool_features(folder: ShardFolder, name: str, how: str) -> csr_matrix:
     """(documents, d_sae) float32; at the peak two and a half times the result is held. See FeatureStore.pooled."""
     _check_how(how, HOWS)
-    from scipy.sparse import csr_matrix
-
+    csr_matrix = needed("scipy.sparse").csr_matrix
     d_sae = folder.saes[name]["d_sae"]
     if how == "last":
         rows = _last_rows(folder, name)

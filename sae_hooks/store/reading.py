@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..extras import needed
 from ..sparse import SparseFeatures
 from ..statistics import FeatureStatistics, feature_statistics
 from . import contexts, convert, pooling
@@ -99,9 +100,9 @@ class FeatureStore:
         return (self._folder.copy(name, start, stop) for start, stop in pairwise(bounds))
 
     def csr(self, site: str | None = None) -> csr_matrix:
-        """All features as a scipy CSR matrix (rows, d_sae), float32: 8 bytes a non-zero. Needs scipy."""
-        from scipy.sparse import csr_matrix
-
+        """All features as a scipy CSR matrix (rows, d_sae), float32: 8 bytes a non-zero. Raises DataError without scipy
+        (the extra `probes`)."""
+        csr_matrix = needed("scipy.sparse").csr_matrix
         indptr, indices, values = self._arrays(self._folder.name(site), np.int32)
         return csr_matrix((values, indices, indptr), shape=(len(self), self.d_sae(site)))
 
@@ -136,7 +137,7 @@ class FeatureStore:
 
         how: "max", "mean" and "sum" over the document's ordinary tokens, "last" the last of them, "any" 1 where a
         feature fires at all. Special tokens and attention sinks never count. Sums are made in float64. Raises DataError
-        for another word, or if the export kept no activations.
+        for another word, if the export kept no activations, or for features without scipy (the extra `probes`).
         """
         if of not in ("features", "activations"):
             raise DataError(f"of={of!r}: expected features or activations")
@@ -196,12 +197,13 @@ class FeatureStore:
     # --- other formats ---
 
     def to_parquet(self, path: str | Path, site: str | None = None) -> None:
-        """Write all rows to a Parquet file: doc_id, position, token_id, indices (list), values (list, float32)."""
+        """Write all rows to a Parquet file: doc_id, position, token_id, indices (list), values (list, float32).
+        Raises DataError without pyarrow (the extra `probes`)."""
         convert.write_parquet(self._folder, self._folder.name(site), Path(path))
 
     def to_dataset(self, site: str | None = None) -> Dataset:
         """All rows as a `datasets.Dataset` with the columns of `to_parquet`, memory-mapped from datasets' cache folder,
-        where a copy is written at the first call. Needs datasets (the `train` extra)."""
+        where a copy is written at the first call. Raises DataError without datasets (the extra `train`)."""
         return convert.as_dataset(self._folder, self._folder.name(site))
 
     @cached_property

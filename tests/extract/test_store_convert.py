@@ -1,10 +1,15 @@
 """A store in other formats: Parquet, datasets, and the documents' columns."""
 
+import sys
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from extract.stores import LENGTHS, made, stored, write
 
 from sae_hooks import DataError
+from sae_hooks.extras import EXTRAS
 from sae_hooks.store import open_features
 
 
@@ -49,6 +54,26 @@ def test_a_dataset_holds_the_same_rows_and_is_made_once(tmp_path, monkeypatch):
     assert store.to_dataset()[7] == made_once[7]
     assert [(path, path.stat().st_mtime_ns) for path in (tmp_path / "cache").rglob("*.arrow")] == before
     assert len(before) == 1
+
+
+@pytest.mark.parametrize(("module", "extra", "use"), [
+    ("scipy.sparse", "probes", lambda s, path: s.rows(3).to_scipy()),
+    ("scipy.sparse", "probes", lambda s, path: s.csr()),
+    ("scipy.sparse", "probes", lambda s, path: s.pooled("max")),
+    ("pyarrow.parquet", "probes", lambda s, path: s.to_parquet(path / "x.parquet")),
+    ("datasets", "train", lambda s, path: s.to_dataset())])
+def test_without_its_library_a_form_names_the_extra_that_brings_it(tmp_path, monkeypatch, module, extra, use):
+    store, _ = stored(tmp_path / "store")
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(DataError, match=rf"needs the {module.partition('.')[0]} library.*'sae-hooks\[{extra}\]'"):
+        use(store, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_the_extras_that_are_named_bring_these_libraries():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for library, extra in EXTRAS.items():
+        assert any(requirement.startswith(library) for requirement in project["optional-dependencies"][extra])
 
 
 def test_labels_are_one_a_document_and_none_where_a_document_has_none(tmp_path):
