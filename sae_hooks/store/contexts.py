@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, SaeFormatError
 from .folder import ShardFolder
 from .format import TOKENIZER
 from .shards import Array, Shard
@@ -37,8 +37,11 @@ class Context:
 
 
 def load_tokenizer(folder: ShardFolder) -> Any:
-    """The tokenizer that was kept with the store. Raises DataError if there is none; never runs code of it."""
+    """The tokenizer that was kept with the store. Raises DataError if there is none, SaeFormatError if it is gone;
+    never runs code of it."""
     path: Path = folder.path / TOKENIZER
+    if not path.is_dir() and (folder.export.get("tokenizer") or not folder.path.is_dir()):
+        raise SaeFormatError(f"{path} is missing; the export wrote it. Was the folder moved?")
     if not path.is_dir():
         raise DataError(f"{folder.path} has no tokenizer (it was exported from token ids), so no text; read token_id")
     from transformers import AutoTokenizer

@@ -29,6 +29,8 @@ from .writing import read_export
 
 MAPPED = 8  # shards held mapped, so that reading a large store keeps few of its pages
 AT_ONCE = 4096  # rows of a part: some 250,000 entries at an L0 of 60
+LEAST_ROW, LEAST_ENTRY = 12, 4  # bytes that a row and a non-zero take in a shard, at least
+LEAST_LINE = len('{"columns": {}, "doc_id": 0, "tokens": 0}\n')
 ENTRY = {"rows": int, "documents": int, "bytes": int, "sha256": str, "documents_sha256": str, "tokens": str,
          "nonzeros": dict}
 
@@ -51,6 +53,10 @@ class ShardFolder:
         self.shard = lru_cache(maxsize=MAPPED)(self._map)
         self._filled = [number for number, entry in enumerate(self.entries) if entry["rows"]]
         self._last_document = lru_cache(maxsize=None)(lambda number: int(self.shard(number).doc_id[-1]))
+
+    def __reduce__(self) -> tuple[type[ShardFolder], tuple[Path]]:
+        """For pickle: opened anew where it is unpickled."""
+        return ShardFolder, (self.path,)
 
     @property
     def rows(self) -> int:
@@ -111,6 +117,7 @@ class ShardFolder:
     def documents_of(self, number: int) -> list[dict[str, Any]]:
         """The documents that begin in a shard. Raises SaeFormatError if the file is not the one that was written."""
         path = self.path / documents_name(number)
+        _size(path)
         raw = path.read_bytes()
         with naming(path):
             if digest(raw) != self.entries[number]["documents_sha256"]:
@@ -133,6 +140,9 @@ class ShardFolder:
                     raise SaeFormatError("not the file that was written: its sha256 is another")
             self.shard(number).check_content()
             self.documents_of(number)
+        if (beyond := self.path / shard_name(len(self.entries))).exists():
+            raise SaeFormatError(f"{beyond} is there, but the manifest ends before it: an entry was taken out, or a "
+                                 "longer export was begun here and not finished")
 
     def _map(self, number: int) -> Shard:
         entry = self.entries[number]
@@ -198,7 +208,10 @@ def _read_entries(path: Path, export: str, names: set[str]) -> list[dict[str, An
                              "resume")
     for number, entry in enumerate(entries):
         _check_size(path / shard_name(number), entry["bytes"])
-        _check_size(path / documents_name(number), None)
+        least = LEAST_ROW * entry["rows"] + LEAST_ENTRY * sum(entry["nonzeros"].values())
+        if least > entry["bytes"] or LEAST_LINE * entry["documents"] > _size(path / documents_name(number)):
+            raise SaeFormatError(f"{path / MANIFEST}: says that shard {number} has {entry['rows']} rows and "
+                                 f"{entry['documents']} documents, more than its files can hold")
     return entries
 
 
@@ -216,6 +229,9 @@ def read_manifest(path: Path, export: str, names: set[str]) -> list[dict[str, An
             raise SaeFormatError(f"it is not of this export: the sha256 of {EXPORT} is another")
         if not isinstance(entries, list) or not all(_is_entry(entry, names) for entry in entries):
             raise SaeFormatError(f"its shards are not as expected: {', '.join(ENTRY)} of each")
+        totals = {key: sum(entry[key] for entry in entries) for key in ("rows", "documents")}
+        if wrong := {key: manifest.get(key) for key, total in totals.items() if manifest.get(key) != total}:
+            raise SaeFormatError(f"it states {wrong}, its shards have {totals} together: was an entry taken out?")
     return entries
 
 
@@ -226,10 +242,13 @@ def _is_entry(entry: Any, names: set[str]) -> bool:
             and min(entry["rows"], entry["documents"], *entry["nonzeros"].values()) >= 0)
 
 
-def _check_size(path: Path, size: int | None) -> None:
+def _size(path: Path) -> int:
     try:
-        found = path.stat().st_size
+        return path.stat().st_size
     except FileNotFoundError:
         raise SaeFormatError(f"{path} is missing; the manifest says that it was written") from None
-    if size is not None and found != size:
+
+
+def _check_size(path: Path, size: int) -> None:
+    if (found := _size(path)) != size:
         raise SaeFormatError(f"{path} has {found} bytes, {size} were written: cut short, or another file")

@@ -35,7 +35,7 @@ def open_features(folder: str | Path) -> FeatureStore:
     Raises SaeNotFoundError if it holds no export, SaeFormatError if the export is not finished or a file is missing, of
     another size or of another export (the content of a shard is looked at when it is first used; `verify` reads all).
     """
-    return FeatureStore(ShardFolder(Path(folder)))
+    return FeatureStore(ShardFolder(Path(folder).absolute()))
 
 
 class FeatureStore:
@@ -43,7 +43,7 @@ class FeatureStore:
 
     Shards are mapped into memory, and what is returned is copied: it stays good if the files go. Every method takes
     site=: the name of an SAE or the end of one that is unique, None where there is one only; else SiteError lists them.
-    Activations are returned in float32. IndexError for rows, features and documents that are not there; SaeFormatError
+    Activations are returned in float32. Pickled, it is the folder's path, opened anew. IndexError for rows, features and documents that are not there; SaeFormatError
     for a shard that is missing, cut, swapped or foreign.
     """
 

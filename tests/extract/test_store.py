@@ -1,5 +1,6 @@
 """The feature store: what is written is read, whole and in every form, whatever the shards' borders."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,17 @@ def test_rows_that_break_the_rules_of_the_store_are_refused(tmp_path, fault):
     with pytest.raises(DataError):
         write_shard(tmp_path, 0, export="", first_row=0, features=features, ordinary=ordinary, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("elsewhere", [lambda store: store, lambda store: pickle.loads(pickle.dumps(store))],
+                         ids=["opened", "pickled"])
+def test_a_store_that_was_opened_by_a_relative_path_is_read_from_elsewhere(tmp_path, monkeypatch, elsewhere):
+    dense = made()
+    write(tmp_path / "store", dense)
+    monkeypatch.chdir(tmp_path)
+    store = open_features("store")
+    monkeypatch.chdir("/")
+    assert same(elsewhere(store).rows(slice(None)), dense)
 
 
 def test_a_site_is_told_by_its_name_or_the_end_of_it(tmp_path):

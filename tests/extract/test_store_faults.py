@@ -95,6 +95,63 @@ def test_json_that_is_not_the_formats_is_refused(tmp_path, name, content):
         open_features(tmp_path)
 
 
+def changed_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_bytes(canonical(manifest))
+
+
+def lie(key, number):
+    """A change of a manifest: shard 3 has so many more, and so have all together."""
+    def change(manifest):
+        manifest["shards"][3][key] += number
+        manifest[key] += number
+    return change
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lie("rows", 10**19), "more than its files can hold"), (lie("documents", 10**19), "more than its files can hold"),
+    (lie("documents", 2**31), "more than its files can hold"), (lambda m: m.update(rows=61), "its shards have"),
+    (lambda m: m["shards"][3]["nonzeros"].update({SITE: 10**19}), "more than its files can hold"),
+    (lambda m: m.pop("documents"), r"it states {'documents': None}, its shards have {'rows': 60, 'documents': 10}"),
+    (lambda m: m["shards"].pop(), r"it states {'rows': 60, .*}, its shards have {'rows': 54")])
+def test_a_manifest_that_says_what_cannot_be_is_refused_when_the_store_is_opened(tmp_path, change, told):
+    write(tmp_path, made())
+    changed_manifest(tmp_path, change)
+    with pytest.raises(SaeFormatError, match=rf"manifest\.json: .*{told}"):
+        open_features(tmp_path)
+
+
+def test_a_shard_beyond_the_manifest_is_found_by_verify(tmp_path):
+    write(tmp_path, made())
+
+    def without_the_last(manifest):
+        for key in ("rows", "documents"):
+            manifest[key] -= manifest["shards"][-1][key]
+        manifest["shards"].pop()
+
+    changed_manifest(tmp_path, without_the_last)
+    with pytest.raises(SaeFormatError, match=r"shard-00006\.safetensors is there, but the manifest ends before it"):
+        open_features(tmp_path).verify()
+
+
+def test_a_folder_that_was_moved_is_missed_by_name(tmp_path):
+    store, _ = stored(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    uses = {"documents-00000.jsonl": lambda: store.labels("label"), "tokenizer": lambda: store.text(3),
+            "shard-00000.safetensors": store.csr}
+    for name, use in uses.items():
+        with pytest.raises(SaeFormatError, match=rf"here/{name} is missing"):
+            use()
+
+
+def test_a_tokenizer_that_was_written_and_is_gone_is_missed_by_name(tmp_path):
+    store, _ = stored(tmp_path)
+    store.export["tokenizer"] = {"class": "Any"}
+    with pytest.raises(SaeFormatError, match="tokenizer is missing; the export wrote it"):
+        store.text(3)
+
+
 def test_one_flipped_byte_anywhere_is_found_by_verify_and_never_ends_in_another_error(tmp_path):
     store, _ = stored(tmp_path)
     for name in ("shard-00003.safetensors", "documents-00003.jsonl"):
