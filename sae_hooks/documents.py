@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,9 @@ def windows(document: Document, length: int, overlap: int) -> Iterator[Window]:
     """
     prefix = np.asarray(document.prefix, dtype=np.int32)
     room = length - len(prefix) - overlap
-    if overlap < 0 or room < 1:
+    if not isinstance(overlap, Integral) or overlap < 0 or room < 1:
         raise DataError(f"windows of {length} tokens leave no room after {len(prefix)} special ones and an overlap "
-                        f"of {overlap}; expected length > special tokens + overlap >= 0")
+                        f"of {overlap}; expected whole numbers, length > special tokens + overlap >= 0")
     return _windows(document, prefix, length, overlap, room)
 
 

@@ -32,7 +32,7 @@ from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .store import FeatureStore, open_features
 from .store.folder import read_manifest
 from .store.format import EXPORT, MANIFEST, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
-from .store.writing import read_entry, read_export, write_export, write_manifest, write_shard
+from .store.writing import check_dtype, read_entry, read_export, write_export, write_manifest, write_shard
 
 Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
 Entry = dict[str, Any]  # of a shard, in the manifest
@@ -88,7 +88,8 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 # --- the folder ---------------------------------------------------------------------------------------------
 
 def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the features depend on, but the text."""
+    """All that the features depend on, but the text. Raises DataError for a dtype that the store has not."""
+    check_dtype(settings["dtype"])
     requests = extractor.saes._runtime.requests()
     edits = Edits(tuple(request.edit for request in requests if isinstance(request, EditRequest)))
     only_some = {"adapters": adapters_identity(extractor.model), "autocast": autocast_identity(extractor.model)}

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,12 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
 
 
 def window_length(model: nn.Module, window: int | None) -> int:
-    """Tokens that the model is to read at once; None: the default. Raises DataError if it does not take as many."""
+    """Tokens that the model is to read at once; None: the default. Raises DataError for what is no number,
+    and if it does not take as many."""
     if window is None:
         return context_length(model, WINDOW)
+    if not isinstance(window, Integral):
+        raise DataError(f"window={window!r}: expected a whole number of tokens")
     if (limit := context_length(model, window)) < window:
         raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most, by its config; "
                         "give no more, or leave window out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def find_features(model: nn.Module, positive: Any, negative: Any, *, tokenizer: 
     Raises EditError where it is not told which SAE is meant, DataError if a side has no ordinary token, SaeAttachError
     without SAEs.
     """
-    if n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise DataError(f"n is the number of features to find, 1 or more; got {n}")
     name, sae = _chosen(model, site)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
+WAYS = "rows are chosen by a number, a slice, or a row of numbers or booleans"
+
+
 @dataclass(frozen=True, eq=False)
 class SparseFeatures:
     """CSR over tokens: row i holds `indices[indptr[i]:indptr[i + 1]]` with `values` of the same slice.
@@ -109,12 +112,16 @@ class SparseFeatures:
 
     def _row_numbers(self, rows: int | slice | Sequence[int] | Tensor) -> Tensor:
         every = torch.arange(len(self), device=self.indptr.device)
-        if isinstance(rows, slice):
-            return every[rows]
-        index = torch.as_tensor(rows, device=None if isinstance(rows, int) else every.device)
+        if isinstance(rows, slice):  # torch takes no step below 0
+            chosen = range(len(self))[rows]
+            return every[: len(chosen)] * chosen.step + chosen.start
+        try:
+            index = torch.as_tensor(rows, device=None if isinstance(rows, int) else every.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise IndexError(f"{WAYS}, got {rows!r}") from error
         flags = index.dtype == torch.bool
         if index.ndim > 1 or (flags and index.ndim == 0) or (index.is_floating_point() and index.numel()):
-            raise IndexError(f"rows are chosen by a number, a slice, or a row of numbers or booleans, got {rows!r}")
+            raise IndexError(f"{WAYS}, got {rows!r}")
         if index.ndim == 0:
             if not -len(self) <= int(index) < len(self):
                 raise IndexError(f"row {int(index)} of {len(self)}")

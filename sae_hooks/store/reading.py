@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -43,8 +44,8 @@ class FeatureStore:
 
     Shards are mapped into memory, and what is returned is copied: it stays good if the files go. Every method takes
     site=: the name of an SAE or the end of one that is unique, None where there is one only; else SiteError lists them.
-    Activations are returned in float32. Pickled, it is the folder's path, opened anew. IndexError for rows, features and documents that are not there; SaeFormatError
-    for a shard that is missing, cut, swapped or foreign.
+    Activations are returned in float32. Pickled, it is the folder's path, opened anew. IndexError for rows, features
+    and documents that are not there; SaeFormatError for a shard that is missing, cut, swapped or foreign.
     """
 
     def __init__(self, folder: ShardFolder) -> None:
@@ -156,9 +157,8 @@ class FeatureStore:
 
     def document_text(self, doc_id: int) -> str:
         """The text of a document's rows, special tokens included. Raises DataError without a tokenizer."""
-        if not 0 <= doc_id < self.documents:
-            raise IndexError(f"document {doc_id} of {self.documents}")
-        start, stop = (self._folder.first_row_of(document) for document in (doc_id, doc_id + 1))
+        number = _found(doc_id, self.documents, "document")
+        start, stop = (self._folder.first_row_of(document) for document in (number, number + 1))
         if stop == start:
             return ""
         return contexts.decode(self._tokenizer, contexts.provenance(self._folder, start, stop)[2])
@@ -170,7 +170,8 @@ class FeatureStore:
 
         Reads 2 bytes a non-zero of the store: some 36 ms of CPU time for a million tokens at an L0 of 60.
         """
-        name = self._checked(feature, site)
+        name = self._folder.name(site)
+        feature = self._feature(feature, name)
         found = [contexts.column_of(self._folder.shard(number), name, feature)
                  for number in range(len(self._folder.entries))]
         rows = [rows + first for (rows, _), first in zip(found, self._folder.first_rows, strict=False)]
@@ -179,13 +180,16 @@ class FeatureStore:
 
     def top(self, feature: int, n: int = 10, site: str | None = None, context: int = 10) -> list[Context]:
         """The contexts in which a feature is strongest, strongest first: at most one of each document, so fewer than n
-        where it fires in fewer."""
-        best = contexts.strongest(self._folder, self._checked(feature, site), feature, n)
+        where it fires in fewer; each with up to `context` tokens on each side. Raises DataError without a tokenizer,
+        and for an n or a context below 0."""
+        name, n, context = self._folder.name(site), _number(n, "n"), _number(context, "context")
+        best = contexts.strongest(self._folder, name, self._feature(feature, name), n)
         return [contexts.context_of(self._folder, self._tokenizer, row, context, value) for value, row in best]
 
     def text(self, row: int, context: int = 10) -> Context:
         """A row's token with up to `context` tokens of its document on each side. Raises DataError without a
-        tokenizer."""
+        tokenizer, and for a context below 0."""
+        context = _number(context, "context")
         return contexts.context_of(self._folder, self._tokenizer, int(self._numbers(row)[0]), context)
 
     def statistics(self, site: str | None = None) -> FeatureStatistics:
@@ -210,11 +214,8 @@ class FeatureStore:
     def _tokenizer(self) -> Any:
         return contexts.load_tokenizer(self._folder)
 
-    def _checked(self, feature: int, site: str | None) -> str:
-        name = self._folder.name(site)
-        if not 0 <= feature < self.d_sae(name):
-            raise IndexError(f"feature {feature} of {self.d_sae(name)} at {name}")
-        return name
+    def _feature(self, feature: int, name: str) -> int:
+        return _found(feature, self.d_sae(name), "feature", f" at {name}")
 
     def _numbers(self, index: Rows) -> range | Array:
         """Row numbers from 0: a range with step 1, or an array."""
@@ -248,3 +249,27 @@ class FeatureStore:
             values[at : at + stop - start] = entries.values[start:stop].float().numpy()
             row, at = row + last - first, at + stop - start
         return indptr, indices, values
+
+
+def _found(value: Any, size: int, what: str, where: str = "") -> int:
+    """The number of one of several. Raises IndexError if there is none of that number."""
+    number = _whole(value)
+    if number is None or not 0 <= number < size:
+        raise IndexError(f"{what} {value!r} of {size}{where}")
+    return number
+
+
+def _number(value: Any, name: str) -> int:
+    """How many. Raises DataError for less than none."""
+    number = _whole(value)
+    if number is None or number < 0:
+        raise DataError(f"{name} must be a whole number, 0 or more; got {value!r}")
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any type; None for what is none, as are True and 2.0."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

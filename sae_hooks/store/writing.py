@@ -165,10 +165,15 @@ def _sae_tensors(name: str, features: SparseFeatures, ordinary: Tensor, dtype: s
             "values": _narrowed(name, features, values, dtype), "ordinary": encoded}
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise DataError for what is no name of a dtype that values are kept in."""
+    if not isinstance(dtype, str) or dtype not in VALUES:
+        raise DataError(f"dtype={dtype!r}: values are kept in one of {', '.join(map(repr, VALUES))}; give its name")
+
+
 def _narrowed(name: str, features: SparseFeatures, values: Tensor, dtype: str) -> Tensor:
     """The values in the dtype asked for. Raises DataError naming the first that is not finite there."""
-    if dtype not in VALUES:
-        raise DataError(f"dtype={dtype!r}: values are kept as {', '.join(VALUES)}")
+    check_dtype(dtype)
     narrow = values.to(VALUES[dtype], copy=True)
     if not bool(narrow.isfinite().all()):
         at = int((~narrow.isfinite()).nonzero()[0])

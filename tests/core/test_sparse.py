@@ -52,7 +52,8 @@ def test_top_of_fewer_than_none_is_an_error(features):
 
 
 @pytest.mark.parametrize("rows", [
-    slice(1, 3), slice(None, None, 2), slice(4, 9), [2, 0], [3, 3, 1], torch.tensor([2, 1]), torch.tensor([-1]), [],
+    slice(1, 3), slice(None, None, 2), slice(4, 9), slice(3, 1), [2, 0], [3, 3, 1], torch.tensor([2, 1]),
+    torch.tensor([-1]), [],
     torch.tensor([True, False, True, False]), [False, True, False, True], torch.zeros(4, dtype=torch.bool),
 ])
 def test_rows_are_chosen_as_torch_chooses_them(features, rows):
@@ -62,6 +63,11 @@ def test_rows_are_chosen_as_torch_chooses_them(features, rows):
     assert torch.equal(got.token_id, features.token_id[index])
     assert torch.equal(got.position, features.position[index])
     assert len(got) == len(DENSE[index])
+
+
+@pytest.mark.parametrize("rows", [slice(None, None, -1), slice(3, 0, -2), slice(0, 3, -1)])
+def test_rows_are_chosen_backwards_as_numpy_chooses_them(features, rows):
+    assert np.array_equal(features[rows].to_dense().numpy(), DENSE.numpy()[rows])
 
 
 @pytest.mark.parametrize("row", [0, 1, 3, -1, -4])
@@ -82,8 +88,8 @@ def test_row_numbers_are_no_mask_in_any_integer_type(features, dtype):
         assert features[given].token_id.tolist() == [101, 100, 100, 101]
 
 
-@pytest.mark.parametrize("rows", [True, torch.tensor(False), [1.0, 2.0], [[0, 1]], torch.tensor(4), np.int64(-5)],
-                         ids=repr)
+@pytest.mark.parametrize("rows", [
+    True, None, ..., "a", [0, "a"], torch.tensor(False), [1.0, 2.0], [[0, 1]], torch.tensor(4), np.int64(-5)], ids=repr)
 def test_what_chooses_no_rows_is_an_index_error(features, rows):
     with pytest.raises(IndexError, match=r"rows are chosen by|row -?\d of 4"):
         features[rows]

@@ -130,6 +130,7 @@ def test_another_sae_model_tokenizer_text_or_setting_is_refused_by_name(
     export(folder)
     refused(export, folder, "settings.window: there 32, here 30", window=30)
     refused(export, folder, "settings.dtype", dtype="float32")
+    refused(export, folder, r"dtype=torch.float16: .*'float16', .*; give its name", dtype=torch.float16)
     refused(export, folder, "say resume", resume=False)
     refused(export, folder, r"shard-00000.*other documents: their tokens differ", documents=[{"text": "Another."}])
     relabelled = [row | {"label": "x"} for row in ROWS]

@@ -186,6 +186,8 @@ def test_a_window_longer_than_the_model_takes_is_refused_with_both_numbers(model
     with pytest.raises(DataError, match=r"window=257, but Gemma2ForCausalLM takes 256 tokens at most"):
         extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=257)
     assert list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=256))
+    with pytest.raises(DataError, match=r"window=2.5: expected a whole number"):
+        extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=2.5)
 
 
 def test_a_token_id_without_an_embedding_is_refused_by_its_document(model):

@@ -135,8 +135,9 @@ def test_a_side_without_an_ordinary_token_is_refused_by_name(model, tiny_tokeniz
 
 
 def test_a_model_without_saes_and_an_n_of_nothing_are_refused(tiny_gemma2, model, tiny_tokenizer):
-    with pytest.raises(DataError, match="1 or more; got 0"):
-        find_features(model, BIBLE, CODE, tokenizer=tiny_tokenizer, n=0)
+    for n in (0, 2.5):
+        with pytest.raises(DataError, match=f"1 or more; got {n}"):
+            find_features(model, BIBLE, CODE, tokenizer=tiny_tokenizer, n=n)
     model.saes.detach()
     with pytest.raises(SaeAttachError, match="no SAE is attached"):
         find_features(tiny_gemma2, BIBLE, CODE, tokenizer=tiny_tokenizer)

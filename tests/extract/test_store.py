@@ -79,13 +79,14 @@ def test_a_column_is_the_rows_on_which_a_feature_fires(tmp_path, feature):
     rows, values = store.column(feature)
     assert (rows.dtype, values.dtype) == (np.int64, np.float32)
     assert np.array_equal(rows, np.flatnonzero(dense.features[:, feature]))
+    assert np.array_equal(store.column(torch.tensor(feature))[0], store.column(np.uint8(feature))[0])
     assert np.array_equal(values, dense.features[rows, feature])
 
 
-@pytest.mark.parametrize("feature", [-1, 40])
+@pytest.mark.parametrize("feature", [-1, 40, True, 1.5, "3"])
 def test_a_feature_that_is_not_there_is_an_index_error(tmp_path, feature):
     store, _ = stored(tmp_path)
-    with pytest.raises(IndexError, match=f"feature {feature} of 40"):
+    with pytest.raises(IndexError, match=f"feature {feature!r} of 40"):
         store.column(feature)
 
 

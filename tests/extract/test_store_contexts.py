@@ -96,6 +96,15 @@ def test_top_is_the_strongest_token_of_each_document_strongest_first(texts, n, f
     assert all(context == replace(store.text(context.row), activation=context.activation) for context in found)
 
 
+def test_a_number_of_contexts_or_tokens_below_none_is_refused(texts):
+    store, _ = texts
+    for ask in (lambda: store.top(3, context=-9), lambda: store.text(3, context=-1), lambda: store.top(3, n=-1),
+                lambda: store.top(3, n=2.5), lambda: store.text(3, context=True)):
+        with pytest.raises(DataError, match=r"(n|context) must be a whole number, 0 or more; got"):
+            ask()
+    assert store.top(3, n=0) == []
+
+
 def test_equal_activations_are_ordered_by_row(tmp_path, tiny_tokenizer):
     dense = made(lengths=[3, 6, 3])
     dense.features[:] = dense.ordinary[:, None]
