@@ -77,7 +77,8 @@ def write_shard(folder: Path, number: int, *, export: str, first_row: int, featu
 
     features: SAE's name -> the same n rows, in order of document and position, on any device; ordinary: name -> (n)
     bool, rows that were encoded (the others have no features); activations: name -> (n, d_in), kept in their dtype;
-    documents: {"doc_id", "tokens", "columns"}, numbered one by one. dtype of the values: float16, bfloat16 or float32.
+    documents: {"doc_id", "tokens", "columns"}, numbered one by one. dtype of the values: float16, bfloat16 or float32;
+    what it rounds to 0 (in float16, below 3e-8) does not fire and is not written.
     export: sha256 of export.json. Raises DataError, and writes nothing, if a value is not finite in that dtype, if rows
     are out of order or differ between SAEs, if a column is not plain JSON, or if the disk is full.
     """
@@ -97,7 +98,7 @@ def write_shard(folder: Path, number: int, *, export: str, first_row: int, featu
               "documents": digest(lines), "crc32": content_checksum(tensors)}
     raw = save(tensors, metadata={FORMAT: canonical(stated).decode()})
     _write({folder / documents_name(number): lines, folder / shard_name(number): raw})
-    nonzeros = {name: len(found.indices) for name, found in features.items()}
+    nonzeros = {name: len(tensors[f"{name}/indices"]) for name in features}
     return _entry(stated, digest(raw), len(raw), len(documents), nonzeros)
 
 
@@ -160,9 +161,12 @@ def _sae_tensors(name: str, features: SparseFeatures, ordinary: Tensor, dtype: s
                         "row that is marked as not encoded")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < features.d_sae:
         raise DataError(f"{name}: features {int(indices.min())} to {int(indices.max())}, d_sae is {features.d_sae}")
-    narrow = indices.to(index_dtype(features.d_sae))
-    return {"indptr": indptr.to(torch.int64).clone(), "indices": narrow.clone(),
-            "values": _narrowed(name, features, values, dtype), "ordinary": encoded}
+    narrow = _narrowed(name, features, values, dtype)
+    if not bool((kept := narrow != 0).all()):
+        before = torch.cat([indptr.new_zeros(1), kept.cumsum(0)])  # of each entry: how many are kept
+        indptr, indices, narrow = before[indptr], indices[kept], narrow[kept]
+    return {"indptr": indptr.to(torch.int64).clone(), "indices": indices.to(index_dtype(features.d_sae)).clone(),
+            "values": narrow, "ordinary": encoded}
 
 
 def check_dtype(dtype: Any) -> None:

@@ -145,6 +145,23 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused_and_nothing_is_written(tm
     assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
 
 
+def test_a_value_that_the_dtype_rounds_to_nothing_does_not_fire_in_any_form(tmp_path):
+    dense = made()
+    tiny = np.flatnonzero(dense.features[:, 7])[::2]
+    dense.features[tiny, 7] = 2e-8
+    write(tmp_path, dense)
+    store = open_features(tmp_path)
+    dense.features[tiny, 7] = 0
+    fires = np.flatnonzero(dense.features[:, 7])
+    assert len(tiny) > 1
+    assert same(store.rows(slice(None)), dense)
+    assert store.column(7)[0].tolist() == fires.tolist()
+    assert store.csr().nnz == np.count_nonzero(dense.features)
+    assert store.pooled("any")[:, [7]].nnz == len(np.unique(dense.doc_id[fires]))
+    assert store.statistics().frequency[7].item() == pytest.approx(len(fires) / dense.ordinary.sum())
+    store.verify()
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_of_the_shard(tmp_path, monkeypatch):
     entries = write(tmp_path, made(), manifest=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
