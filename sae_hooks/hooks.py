@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import edits, kernels, sites, traced
 from .errors import EditError, SaeAttachError, SaeMismatchError
 from .generation import GUIDED, Generation, is_assistant
-from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest, laid_out
 from .sae import SAE
 from .tokens import PACKED, Pass, ids_of
 
@@ -204,13 +204,13 @@ class SiteHook:
         return wide + change if chosen is None else torch.where(chosen.unsqueeze(-1), wide + change, wide)
 
     def _source(self, slot: Slot, x: Tensor) -> Tensor:
-        """What the slot's SAE reads: x itself, or what its other hook saw earlier in this pass."""
+        """What the slot's SAE reads: x itself, or what its other hook saw earlier in this pass, in the layout of x."""
         if not slot.crosses:
             return x
         stash: dict[Slot, Tensor] = self.runtime.local.__dict__.get("stash", {})
         if slot not in stash:
             raise SaeAttachError(f"{slot.write} ran before {slot.read}, which the SAE {slot.name!r} reads")
-        return stash[slot].to(x.device)
+        return laid_out(stash[slot].to(x.device), x, slot)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SiteHook:
         return _inert()

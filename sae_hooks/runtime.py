@@ -296,6 +296,19 @@ class Runtime:
                 spliced.add(request.slot.write.key)
 
 
+def laid_out(source: Tensor, x: Tensor, slot: Slot) -> Tensor:
+    """What a transcoder reads, in the layout of x, where it writes: one of both may be (batch * tokens, d), as experts
+    get it, and the other (batch, tokens, d)."""
+    if source.shape[:-1] == x.shape[:-1]:
+        return source
+    if 2 in (source.ndim, x.ndim) and source.shape[:-1].numel() == x.shape[:-1].numel():
+        return source.reshape(*x.shape[:-1], source.shape[-1])
+    raise SaeAttachError(
+        f"the SAE {slot.name!r} reads activations {tuple(source.shape)} at {slot.read} and writes {tuple(x.shape)} at "
+        f"{slot.write}; which belong together cannot be told. Attach it where both have the same tokens"
+    )
+
+
 def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:
     """A selection (batch, tokens) in the layout of x: (batch, tokens, d), or (batch * tokens, d)."""
     leading = x.shape[:-1]

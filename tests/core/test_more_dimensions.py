@@ -1,11 +1,13 @@
-"""Activations of four dimensions: places of images, heads, streams of one text."""
+"""Activations that are not (batch, tokens, d): places of images, heads, streams of one text, what experts get."""
 
 import pytest
 import torch
-from core.reference import array, edited, encode, relative, seen
-from core.steering import STRENGTHS
+from core import steering
+from core.reference import FullEdit, array, edited, encode, relative, sample, seen
+from core.steering import STRENGTHS, hold_as_full_edit, outcome, strengths
 from tiny_models import make_sae
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from sae_hooks import SaeAttachError, attach_saes, edits
 
@@ -122,3 +124,48 @@ def test_where_rows_or_tokens_cannot_be_told_an_edit_with_one_strength_works_and
         model(IDS)
     with pytest.raises(SaeAttachError, match=f"{shapes}; positions"), model.saes.clamp({feature: 1.0}, tokens=IDS > 20):
         model(IDS)
+
+
+LAYER = "model.layers.1.mlp"
+
+
+@pytest.fixture(scope="module")
+def of_experts():
+    """A mixture of experts: (batch * tokens, d) goes into mlp.experts and comes out, (batch, tokens, d) elsewhere."""
+    config = MixtralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                           num_key_value_heads=2, vocab_size=128, num_local_experts=4, bos_token_id=2, pad_token_id=0,
+                           eos_token_id=None, initializer_range=0.15)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MixtralForCausalLM._from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize(("read", "write"), [
+    (f"{LAYER}.input", f"{LAYER}.experts.output"), (f"{LAYER}.experts.input", f"{LAYER}.output")])
+def test_a_transcoder_may_read_tokens_by_row_and_write_them_flat_or_the_reverse(of_experts, read, write):
+    sae = make_sae(32, 64, read, site_out=write, like=sample(of_experts, read, steering.IDS))
+    sae.metadata.clear()
+    (clean,), _ = outcome(of_experts, write)
+    assert clean.ndim == (2 if "experts" in write else 3)
+    model = attach_saes(of_experts, sae)
+    for op in edits.OPS:
+        hold_as_full_edit(model, sae, op, strengths(op, steering.firing(sae, sample(model, read, steering.IDS))), clean)
+    with FullEdit(model, sae, lambda acts: acts, read=read, write=write, keep_error=False):
+        (want,), _ = outcome(model, write)
+    with model.saes.splice():
+        (got,), _ = outcome(model, write)
+    assert relative(got, want) < 1e-5
+    with model.saes.clamp({3: 5.0}):
+        (got,), _ = outcome(model, write, input_ids=steering.IDS[2:])
+    assert got.ndim == clean.ndim
+    model.saes.detach()
+
+
+def test_a_transcoder_between_places_with_other_tokens_is_refused():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(1))
+    sae = make_sae(8, 32, "0.output", site_out="1.output", d_out=32)
+    attach_saes(model, sae)
+    for opened in (lambda: model.saes.clamp({3: 1.0}, special_tokens=True), model.saes.splice):
+        with pytest.raises(SaeAttachError, match=r"reads activations \(3, 4, 8\) at 0.output and writes \(3, 32\)"), \
+                opened():
+            model(torch.zeros(3, 4, 8))
