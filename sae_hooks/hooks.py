@@ -252,8 +252,10 @@ class PassHook:
 
     def entered(self, x: Tensor, copy: Tensor) -> None:
         """Note, where a graph runs, that the pass goes on with x at this door, whose module reads a copy of it. Raises
-        SaeAttachError where it does not."""
+        SaeAttachError where it does not. What is open in other contexts alone needs no note."""
         now = self.runtime.begun()
+        if not self.runtime.requests():
+            return
         if now is None or not now.reaches(self.door, self.outer) or not now.gives(x):
             raise SaeAttachError("a compiled graph runs a model inside the model twice in a pass, or on other tokens; "
                                  "run it uncompiled while an edit, splice or capture is open")
@@ -291,7 +293,7 @@ class GenerateHook:
             generation.guess_for(before)
         if generation is not None and self.runtime.active:
             generation.opening = self.runtime.openings
-        if generation is not None and generation.guided and self.runtime.active:
+        if generation is not None and generation.guided and self.runtime.requests():
             raise SaeAttachError(GUIDED)
         local.generation, local.current = generation, None
         try:
@@ -312,12 +314,13 @@ class GenerateHook:
 
 
 class PackedHook(GenerateHook):
-    """Stands before model.generate_batch and refuses while anything is open: its own thread would merely log that."""
+    """Stands before model.generate_batch and refuses while anything is open here: its own thread would merely log
+    that, and not see what is open in this context alone."""
 
     name = "generate_batch"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.runtime.active:
+        if self.runtime.requests():
             raise SaeAttachError(PACKED)
         return self.plain(*args, **kwargs)
 

@@ -18,7 +18,7 @@ from . import edits, sites
 from .errors import EditError, SaeAttachError
 from .generation import Generation
 from .sae import SAE
-from .tokens import Pass
+from .tokens import Pass, refuse_packed
 
 MOST_GROWTHS = 3  # of the sites in compiled graphs: the first that are open, those and others, all
 SINK_MULTIPLE = 10.0  # of the site's typical norm: attention sinks lie far above, ordinary tokens far below
@@ -232,9 +232,11 @@ class Runtime:
         self, owner: nn.Module, outer: frozenset[int], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Note the tokens of the forward pass that begins in `owner`; nested owners of one pass share it. outer: the
-        ids of those around it."""
+        ids of those around it. Raises SaeAttachError for a packed pass, unless all that is open is other contexts'."""
         current = self.begun()
         if current is None or not current.continues(id(owner), outer, args, kwargs):
+            if self.requests():
+                refuse_packed(kwargs)
             generation: Generation | None = getattr(self.local, "generation", None)
             if generation is not None and generation.opening != self.openings:
                 generation.opening, generation.missed = self.openings, True

@@ -81,7 +81,6 @@ class Pass:
     @classmethod
     def of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Pass:
         """Read from the arguments of the forward of `owner`, a model."""
-        _refuse_packed(kwargs)
         ids, embeds = ids_of(args, kwargs), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         shape = (given.shape[0], given.shape[1]) if isinstance(given, Tensor) else None
@@ -229,7 +228,8 @@ def ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _refuse_packed(kwargs: dict[str, Any]) -> None:
+def refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Raise SaeAttachError if these are the arguments of a pass of continuous batching."""
     for name in ("past_key_values", "cache"):
         if type(kwargs.get(name)).__name__.startswith("Paged"):
             raise SaeAttachError(PACKED)

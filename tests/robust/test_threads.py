@@ -189,6 +189,29 @@ def test_an_edit_of_the_context_is_made_at_its_own_site(attached, ids, random_sa
     assert clamp.positions_edited == (ids != attached.config.bos_token_id).sum()
 
 
+def test_other_threads_may_do_meanwhile_what_an_edit_of_their_own_would_forbid(attached, ids):
+    """Guidance and continuous batching, where positions cannot be told, but nobody asks there."""
+    def call():
+        packed = attached.generate_batch([ids[0].tolist()], max_new_tokens=3, do_sample=False)
+        return text(attached, ids, guidance_scale=2.0), [out.generated_tokens for out in packed.values()]
+
+    guided, packed = call()
+    with attached.saes.clamp({3: 40.0}, scope="context"):
+        logits(attached, ids)
+        got = in_thread(call)
+        assert torch.equal(got[0], guided)
+        assert got[1] == packed
+        with pytest.raises(SaeAttachError, match="guidance_scale"):
+            text(attached, ids, guidance_scale=2.0)
+        with pytest.raises(SaeAttachError, match="generate_batch"):
+            attached.generate_batch([ids[0].tolist()])
+    with attached.saes.clamp({3: 40.0}):
+        for refused in (lambda: text(attached, ids, guidance_scale=2.0), lambda: attached.generate_batch([[5]])):
+            with pytest.raises(SaeAttachError, match="cannot be told"):
+                in_thread(refused)
+        logits(attached, ids)
+
+
 def reference(model, ids, features):
     """Logits and text with a feature clamped, for each, one after the other in this thread."""
     found = {}
