@@ -278,11 +278,10 @@ def check_range(edit: Edit, W_dec: Tensor, dtype: torch.dtype) -> None:
     """Raise EditError if an edit (a scale: of an activation of 1) of an SAE with this W_dec (d_sae, d_out) would
     overflow the model's dtype, which greedy decoding turns into token 0."""
     strength, features = edit.gain if edit.op == "scale" else edit.shift, list(edit.features)
-    if len(features) < MANY:
-        ends = W_dec[features].aminmax()
-    else:  # without a copy
-        ends = torch.stack(W_dec.aminmax(dim=1))[:, features].aminmax()
-    largest = float(strength.abs().max() * max(-ends.min, ends.max))
+    few = len(features) < MANY
+    low, high = (W_dec[features] if few else W_dec).detach().aminmax(dim=1)  # many without a copy
+    entries = torch.maximum(-low, high).to(strength)
+    largest = float((strength.abs().amax(dim=0) * (entries if few else entries[features])).max())
     limit = min(LARGEST, torch.finfo(dtype).max)
     if largest > limit:
         raise EditError(
@@ -313,7 +312,7 @@ def _feature(feature: Any) -> int:
 
 def _table(op: str, values: Mapping[int, Strength]) -> Tensor:
     if all(isinstance(value, int | float) and abs(value) <= LARGEST for value in values.values()):
-        return torch.tensor([[*values.values()]], dtype=torch.float32)
+        return torch.tensor([[*values.values()]], dtype=torch.float32, device="cpu")
     columns = [_column(op, f, v) for f, v in values.items()]
     rows = {len(c) for c in columns} - {1}
     if len(rows) > 1:
@@ -326,8 +325,8 @@ def _table(op: str, values: Mapping[int, Strength]) -> Tensor:
 def _column(op: str, feature: int, value: Strength) -> Tensor:
     per_row = isinstance(value, Tensor) and value.ndim > 0
     try:
-        wide = torch.as_tensor(value, dtype=torch.float32)  # a number would be rounded to torch's default dtype
-        column = wide.detach().to("cpu", copy=True).reshape(-1)
+        wide = torch.as_tensor(value, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        column = wide.detach().clone().reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise EditError(f"{op} of feature {feature}: expected a number or a tensor (batch,), got {value!r}") from error
     if per_row and value.ndim != 1:  # type: ignore[union-attr]
@@ -358,7 +357,7 @@ def _from_dict(item: Mapping[str, Any]) -> Edit:
     features = [_feature(f) for f in item["features"]]
     if len(set(features)) != len(features) or {len(row) for row in rows} != {len(features)}:
         raise EditError("an edit needs distinct features and, in each row of values, one value a feature")
-    table = torch.tensor(rows, dtype=torch.float32)
+    table = torch.tensor(rows, dtype=torch.float32, device="cpu")
     by_row = len(rows) > 1 or bool(table.isnan().any())
     values: dict[int, Strength] = dict(zip(features, table.unbind(1) if by_row else rows[0], strict=True))
     tokens = item.get("tokens", "all")
@@ -366,7 +365,7 @@ def _from_dict(item: Mapping[str, Any]) -> Edit:
         item["op"],
         str(item["site"]),
         values,
-        tokens=tokens if isinstance(tokens, str) else torch.tensor(tokens),
+        tokens=tokens if isinstance(tokens, str) else torch.tensor(tokens, device="cpu"),
         special_tokens=item.get("special_tokens", False),
         only_if_active=item.get("only_if_active", False),
     )

@@ -268,11 +268,11 @@ def batches(all_windows: Sequence[Window], tokens: int, padded: bool = True) -> 
 
 def _padded(some: Sequence[Window], starts: Sequence[int]) -> Batch:
     length = max(len(w.ids) for w in some)
-    ids, mask, rows = torch.zeros(3, len(some), length, dtype=torch.int64)
+    ids, mask, rows = torch.zeros(3, len(some), length, dtype=torch.int64, device="cpu")
     for i, w in enumerate(some):
         ids[i, :len(w.ids)], mask[i, :len(w.ids)] = torch.from_numpy(w.ids), 1
         rows[i, w.first:len(w.ids)] = 1 if w.wanted is None else torch.from_numpy(w.wanted).long()
-    places = [torch.arange(_rows(w)) + start for w, start in zip(some, starts, strict=True)]
+    places = [torch.arange(_rows(w), device="cpu") + start for w, start in zip(some, starts, strict=True)]
     return Batch(ids, mask, rows.bool(), torch.cat(places))
 
 
@@ -345,4 +345,4 @@ class _Collector:
 
 
 def _joined(tensors: Sequence[Tensor], none: Tensor) -> Tensor:
-    return torch.cat(list(tensors)) if tensors else none
+    return torch.cat(list(tensors)) if tensors else torch.empty_like(none, device="cpu")

@@ -28,9 +28,9 @@ class Statistics:
 
     def __init__(self) -> None:
         self.n = 0
-        self._sums = torch.zeros(5, dtype=torch.float64)  # error, target^2, x_hat^2, x_hat . target, cosine
-        self._total = torch.zeros(1, dtype=torch.float64)
-        self.fired = torch.zeros(1, dtype=torch.int64)
+        self._sums = torch.zeros(5, dtype=torch.float64, device="cpu")  # error, target^2, x_hat^2, x_hat target, cosine
+        self._total = torch.zeros(1, dtype=torch.float64, device="cpu")
+        self.fired = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     def update(self, sae: SAE, x: Tensor, target: Tensor) -> Tensor:
         """Take in x (n, d_in) and what should be reconstructed, (n, d_out), all on the SAE's device; encodes once.

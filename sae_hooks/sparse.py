@@ -87,8 +87,9 @@ class SparseFeatures:
 
     def to_torch(self) -> Tensor:
         """A torch sparse CSR tensor (n, d_sae) on the same memory."""
-        size = (len(self), self.d_sae)
-        return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=size, check_invariants=False)
+        size, device = (len(self), self.d_sae), self.values.device
+        return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size, device=device,
+                                       check_invariants=False)
 
     def to_scipy(self) -> csr_matrix:
         """A scipy CSR matrix (n, d_sae), on the CPU, float32 or float64. Raises DataError without scipy (the extra
@@ -116,7 +117,7 @@ class SparseFeatures:
             chosen = range(len(self))[rows]
             return every[: len(chosen)] * chosen.step + chosen.start
         try:
-            index = torch.as_tensor(rows, device=None if isinstance(rows, int) else every.device)
+            index = torch.as_tensor(rows, device="cpu" if isinstance(rows, int) else every.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise IndexError(f"{WAYS}, got {rows!r}") from error
         flags = index.dtype == torch.bool

@@ -180,7 +180,7 @@ def _check_values(given: FeatureStatistics) -> None:
     frequency, mean, strongest = given.frequency, given.mean, given.max
     ladder = torch.cat([torch.zeros_like(strongest)[None], given.quantiles, strongest[None]])
     sound = {
-        "tokens (a number >= 0)": torch.tensor(given.tokens >= 0),
+        "tokens (a number >= 0)": torch.tensor(given.tokens >= 0, device="cpu"),
         "frequency (0 to 1)": (frequency >= 0) & (frequency <= 1),
         "max (finite; above 0 where frequency is)": (strongest < torch.inf) & ((strongest > 0) == (frequency > 0)),
         "mean (above 0 where max is, and not above it)": (mean <= strongest) & ((mean > 0) == (strongest > 0)),

@@ -44,7 +44,7 @@ def _triton() -> ModuleType | None:
 def starts_of(ids: Tensor, n: int) -> Tensor:
     """Where the segments of n rows start (n + 1), int32, given the ascending rows `ids` of all entries."""
     if ids.device.type == "cpu":
-        starts = torch.zeros(n + 1, dtype=torch.int32)
+        starts = torch.zeros(n + 1, dtype=torch.int32, device=ids.device)
         starts[1:] = torch.bincount(ids, minlength=n).cumsum(0)
         return starts
     rows = torch.arange(n + 1, dtype=ids.dtype, device=ids.device)
@@ -135,7 +135,7 @@ def dots(starts: Tensor, rows: Tensor, ids: Tensor, by_row: Tensor, by_id: Tenso
         with warnings.catch_warnings():  # PyTorch calls CSR tensors a beta feature, and unchecked, each once a process
             warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
             size = len(by_row), len(part)
-            pattern = torch.sparse_csr_tensor(starts, ids, products, size=size, check_invariants=False)
+            pattern = torch.sparse_csr_tensor(starts, ids, products, size, device=ids.device, check_invariants=False)
         products = torch.sparse.sampled_addmm(pattern, by_row[:, c].contiguous(), part.t()).values()
     return products
 

@@ -59,7 +59,7 @@ class Signs:
         self.most = most  # of a tile, if it may be larger than usual
         self._tiles = self._vain = 0
         self._tokens: tuple[Tensor, Tensor | None] | None = None  # the last ones, and what was made of them
-        self._low_rows = self._sums = torch.empty(0, dtype=torch.bfloat16)  # memory for one tile after the other
+        self._low_rows = self._sums = torch.empty(0, dtype=torch.bfloat16, device="cpu")  # for one tile after the other
 
     @torch.no_grad()
     def candidates(self, x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Triplets | None:

@@ -159,6 +159,13 @@ def test_ids_alone_will_do_and_say_the_same(tiny_gemma2, tiny_tokenizer):
     assert tiny_gemma2.saes.check(ids) == tiny_gemma2.saes.check(mapping)
 
 
+def test_torchs_default_device_makes_no_difference(tiny_gemma2, inputs):
+    attach_saes(tiny_gemma2, exact())
+    want = tiny_gemma2.saes.check(inputs)
+    with torch.device("meta"):
+        assert tiny_gemma2.saes.check(inputs) == want
+
+
 @pytest.mark.parametrize(
     "wrong", ["a text", torch.tensor([1, 2, 3]), torch.tensor([[1]]), {"input_ids": [[1, 2]]}, None])
 def test_inputs_that_are_no_token_ids_are_refused(tiny_gemma2, wrong):

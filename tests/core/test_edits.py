@@ -111,6 +111,16 @@ def test_a_strength_is_float32_whatever_torchs_default_is(rows):
         assert one.values[0].tolist() == [np.float32(80.3)] * 2
 
 
+def test_strengths_and_masks_of_documents_lie_on_the_cpu_whatever_torchs_default_device_is():
+    for value in (80.3, torch.tensor(80.3), torch.tensor([80.3, NAN])):
+        made = edit("clamp", SITE, {3: value}, tokens=torch.tensor([True, False]))
+        with torch.device("meta"):
+            here = edit("clamp", SITE, {3: value}, tokens=made.tokens)
+            again, = Edits.from_json(Edits((made,)).to_json())
+        same(made, here)
+        same(made, again)
+
+
 @pytest.mark.parametrize(("op", "values", "settings", "message"), [
     ("steer", {0: 1.0}, {}, "one of clamp, scale, add; got 'steer'"),
     ("clamp", {}, {}, "names no feature"),
@@ -166,6 +176,17 @@ def test_a_strength_that_overflows_the_models_dtype_is_refused():
     check_range(edit("clamp", SITE, {0: 33000.0}), decoder, torch.bfloat16)
     with pytest.raises(EditError, match="bfloat16 activations overflow"):
         check_range(edit("add", SITE, {0: 1e19}), decoder, torch.bfloat16)
+
+
+@pytest.mark.parametrize("many", [1, 10])
+def test_only_the_strength_of_its_own_feature_multiplies_a_decoder_row(monkeypatch, many):
+    monkeypatch.setattr(edits, "MANY", many)
+    decoder = torch.tensor([[0.1, 0.1], [0.45, -0.3], [9.0, 0.0], [-1.4, 1.0]])
+    made = edit("clamp", SITE, {3: torch.tensor([1.0, -2.0]), 1: 60000.0})
+    check_range(made, decoder.half(), torch.float16)
+    check_range(edit("scale", SITE, {1: -60000.0, 3: 1.0}), decoder, torch.float16)
+    with pytest.raises(EditError, match=r"adds up to 8\.4e\+04"):
+        check_range(edit("add", SITE, {1: 1.0, 3: torch.tensor([NAN, -60000.0])}), decoder, torch.float16)
 
 
 ALL_KINDS = (

@@ -31,6 +31,9 @@ def features():
 def test_to_dense_to_torch_and_to_scipy_hold_the_same_values(features):
     assert torch.equal(features.to_dense(), DENSE)
     assert torch.equal(features.to_torch().to_dense(), DENSE)
+    with torch.device("meta"):  # whatever torch's default device is
+        assert features.to_torch().device.type == "cpu"
+        assert torch.equal(features[1].to_dense()[0], DENSE[1])
     scipy = features.to_scipy()
     assert scipy.shape == (4, 5)
     assert np.array_equal(scipy.toarray(), DENSE.numpy())

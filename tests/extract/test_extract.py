@@ -62,6 +62,15 @@ def test_rows_do_not_depend_on_parts_and_batches(model, tiny_tokenizer, per_part
     assert [d.number for part in parts for d in part.documents] == list(range(len(TEXTS)))
 
 
+def test_torchs_default_device_makes_no_difference(model, tiny_tokenizer):
+    want = joined(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+    with torch.device("meta"):
+        found = list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer))
+        empty, = extract_features(model, ["", ""], tokenizer=tiny_tokenizer)
+    same(joined(found), want)
+    assert empty.features[SITE].values.tolist() == []
+
+
 def test_a_long_document_is_cut_into_windows_that_see_what_came_before(model, tiny_tokenizer):
     ids = tiny_tokenizer(TEXTS[-1])["input_ids"]
     found = joined(extract_features(model, [{"input_ids": ids}], tokenizer=tiny_tokenizer, window=24, overlap=7))

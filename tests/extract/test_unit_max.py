@@ -40,6 +40,14 @@ def test_a_strength_in_maxima_is_the_same_edit_as_in_activations(model, op):
     assert json.loads(handle.to_json())["edits"][0]["values"] == [[16.0, -0.5]]
 
 
+def test_maxima_are_found_whatever_torchs_default_device_is(model):
+    with torch.device("meta"):
+        handle = model.saes.clamp({3: 2.0, 5: -1.0}, unit="max")
+    with handle:
+        logits(model)
+    assert json.loads(handle.to_json())["edits"][0]["values"] == [[16.0, -0.5]]
+
+
 def test_a_batch_keeps_a_strength_for_each_row_and_nan_leaves_one_untouched(model):
     plain = logits(model)
     with model.saes.clamp({9: torch.tensor([float("nan"), 0.5])}, unit="max") as handle:

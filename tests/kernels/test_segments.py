@@ -81,3 +81,12 @@ def test_gradients_pass_through_columns_that_are_widened(wanting, monkeypatch):
     parts = wide["weights"][:, None] * wide["table"][ids]
     (torch.stack([parts[0] + parts[1], parts[2]]) * along).sum().backward()
     torch.testing.assert_close(given[wanting].grad.float(), wide[wanting].grad, rtol=1e-2, atol=1e-2)
+
+
+def test_torchs_default_device_makes_no_difference():
+    rows, ids, x = torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), torch.eye(4)
+    with torch.device("meta"):
+        starts = starts_of(rows, 4)
+        products = dots(starts, rows, ids, x, x)
+    assert starts.tolist() == [0, 2, 2, 3, 3]
+    assert products.tolist() == [0, 1, 0]

@@ -93,6 +93,14 @@ def test_what_sums_in_float32_lose_hides_no_feature():
     assert len(found[0]) == 1
 
 
+def test_torchs_default_device_makes_no_difference():
+    x, W_rows, bias, threshold = parts_of(n=40)
+    want = signs.Signs(tiles.Most(40, 400)).candidates(x, W_rows, bias, threshold)
+    with torch.device("meta"):
+        found = signs.Signs(tiles.Most(40, 400)).candidates(x, W_rows, bias, threshold)
+    assert all(torch.equal(one, other) for one, other in zip(found, want, strict=True))
+
+
 def test_thresholds_without_an_end_let_through_all_or_nothing(used):
     x, W_rows, bias, threshold = parts_of(n=40)
     threshold[:20], threshold[20:40] = torch.inf, -torch.inf
