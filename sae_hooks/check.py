@@ -61,7 +61,7 @@ class Report(tuple[Row, ...]):
 @torch.no_grad()
 def check(model: nn.Module, runtime: Runtime, slots: Sequence[Slot], inputs: Any) -> Report:
     """Measure each slot alone on `inputs` in eval mode (see `Saes.check`). Raises EditError while anything else is open
-    on the model."""
+    on the model, SaeAttachError if that is no causal language model."""
     if runtime.requests():
         raise EditError("close the open edits, splices and captures first: check measures the model as it is")
     trial = Trial(model, runtime, *_inputs(inputs))
@@ -141,7 +141,7 @@ def _tap(module: nn.Module, side: str, seen: list[Tensor]) -> Any:
 
 def _inputs(inputs: Any) -> tuple[Tensor, Tensor]:
     if isinstance(inputs, Mapping) or hasattr(inputs, "keys"):
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     else:
         ids, mask = inputs, None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:

@@ -111,7 +111,7 @@ class Edits:
             if content["format"] != FORMAT:
                 raise EditError(f"edits in format {content['format']!r}; this version reads {FORMAT!r}")
             return cls(tuple(_from_dict(item) for item in content["edits"]))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
             if isinstance(error, EditError):
                 raise
             raise EditError(f"not a document of edits ({type(error).__name__}: {error})") from error
@@ -129,6 +129,8 @@ def edit(
     """Check and freeze an edit {feature: number, or tensor (batch,)}. Raises EditError for what cannot be meant."""
     if op not in OPS:
         raise EditError(f"an edit is one of {', '.join(OPS)}; got {op!r}")
+    if not isinstance(values, Mapping):
+        raise EditError(f"{op} takes {{feature: strength}}; got {values!r}")
     features = tuple(_feature(f) for f in values)
     if not features:
         raise EditError(f"{op} names no feature")
@@ -327,7 +329,7 @@ def _column(op: str, feature: int, value: Strength) -> Tensor:
     try:
         wide = torch.as_tensor(value, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
         column = wide.detach().clone().reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise EditError(f"{op} of feature {feature}: expected a number or a tensor (batch,), got {value!r}") from error
     if per_row and value.ndim != 1:  # type: ignore[union-attr]
         raise EditError(f"{op} of feature {feature}: one value for each row, shape (batch,); got {tuple(value.shape)}")  # type: ignore[union-attr]
@@ -344,8 +346,8 @@ def check_tokens(tokens: str | Tensor) -> str | Tensor:
                 f"a mask of tokens is boolean, (tokens) or (batch, tokens); got {tokens.dtype} {tuple(tokens.shape)}"
             )
         return tokens.detach().clone()
-    if tokens not in TOKENS:
-        raise EditError(f"tokens must be one of {', '.join(TOKENS)}, or a boolean mask; got {tokens!r}")
+    if not isinstance(tokens, str) or tokens not in TOKENS:
+        raise EditError(f"tokens must be one of {', '.join(TOKENS)}, or a boolean tensor; got {tokens!r}")
     return tokens
 
 

@@ -96,10 +96,19 @@ class Trial:
     mask: Tensor
 
     def logits(self, *requests: Request) -> Tensor:
-        """Logits (batch, tokens, vocabulary) of a forward pass with these requests open."""
+        """Logits (batch, tokens, vocabulary) of a forward pass with these requests open. Raises SaeAttachError where
+        the model gives others, or none."""
         no_cache = {"use_cache": False} if hasattr(self.model, "generate") else {}
-        with _open(self.runtime, list(requests)):
-            logits: Tensor = self.model(input_ids=self.ids, attention_mask=self.mask, **no_cache).logits
+        logits = None
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            with _open(self.runtime, list(requests)):
+                output = self.model(input_ids=self.ids, attention_mask=self.mask, **no_cache)
+            logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != self.ids.shape:
+            raise SaeAttachError(
+                "losses are those of a causal language model, which gives logits (batch, tokens, vocabulary); attach "
+                f"to one, not to {type(self.model).__name__}"
+            )
         return logits
 
     def ordinary(self) -> Tensor:

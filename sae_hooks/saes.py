@@ -173,14 +173,20 @@ class Saes(Mapping[str, SAE]):
 
     def ablate(self, features: Iterable[int], **where: Any) -> Handle:
         """Set features to 0: what does the model lose without them?"""
-        listed = list(features)
-        if len(set(listed)) != len(listed):
+        try:
+            listed = list(features)
+            zeros = dict.fromkeys(listed, 0.0)
+        except TypeError:
+            raise EditError(f"ablate takes features, such as [3, 5]; got {features!r}") from None
+        if len(zeros) != len(listed):
             raise EditError(f"ablate names a feature twice: {listed}")
-        return self._edit("clamp", dict.fromkeys(listed, 0.0), "activation", **where)
+        return self._edit("clamp", zeros, "activation", **where)
 
     def apply(self, document: str | Edits, *, scope: str = "model") -> Handle:
         """Open edits that were shared (`handle.edits`, or its JSON); all of them or, on any error, none."""
         shared = Edits.from_json(document) if isinstance(document, str) else document
+        if not isinstance(shared, Edits):
+            raise EditError(f"apply takes handle.edits, or its JSON text; got {type(document).__name__}")
         return Handle(self._runtime, [self._request(e, self._pick(name=e.site)) for e in shared], scope)
 
     def splice(

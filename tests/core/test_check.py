@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import transformers
 from core.reference import array, encode, ordinary, reconstruct, tap
 from torch.nn import functional as F
 
-from sae_hooks import SAE, EditError, attach_saes
+from sae_hooks import SAE, EditError, SaeAttachError, attach_saes
 
 SITE = "model.layers.2.output"
 TEXTS = [
@@ -166,11 +167,22 @@ def test_torchs_default_device_makes_no_difference(tiny_gemma2, inputs):
         assert tiny_gemma2.saes.check(inputs) == want
 
 
-@pytest.mark.parametrize(
-    "wrong", ["a text", torch.tensor([1, 2, 3]), torch.tensor([[1]]), {"input_ids": [[1, 2]]}, None])
+@pytest.mark.parametrize("wrong", [
+    "a text", torch.tensor([1, 2, 3]), torch.tensor([[1]]), {"input_ids": [[1, 2]]}, None,
+    {"attention_mask": torch.ones(2, 3)}])
 def test_inputs_that_are_no_token_ids_are_refused(tiny_gemma2, wrong):
     with pytest.raises(EditError, match="token ids"):
         attach_saes(tiny_gemma2, exact()).saes.check(wrong)
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification", "T5ForConditionalGeneration"])
+def test_a_model_that_is_no_causal_language_model_is_refused(random_model, random_sae, kind):
+    config = transformers.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=128)
+    model = getattr(transformers, kind)(config if kind.startswith("T5") else random_model("Llama").config).eval()
+    site = {"LlamaModel": "layers.1", "T5ForConditionalGeneration": "encoder.block.1"}.get(kind, "model.layers.1")
+    attach_saes(model, random_sae(32, 64, f"{site}.output"))
+    with pytest.raises(SaeAttachError, match=rf"causal language model, .* vocabulary\); .* not to {kind}"):
+        model.saes.check(torch.tensor([[2, 17, 45, 99], [2, 5, 6, 7]]))
 
 
 def test_nothing_is_measured_while_an_edit_is_open(tiny_gemma2, inputs):

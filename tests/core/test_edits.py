@@ -124,6 +124,8 @@ def test_strengths_and_masks_of_documents_lie_on_the_cpu_whatever_torchs_default
 @pytest.mark.parametrize(("op", "values", "settings", "message"), [
     ("steer", {0: 1.0}, {}, "one of clamp, scale, add; got 'steer'"),
     ("clamp", {}, {}, "names no feature"),
+    ("clamp", [3], {}, r"clamp takes \{feature: strength\}; got \[3\]"),
+    ("add", {3}, {}, r"add takes \{feature: strength\}; got \{3\}"),
     ("clamp", {1.0: 1.0}, {}, "whole number, got 1.0"),
     ("clamp", {"7": 1.0}, {}, "whole number, got '7'"),
     ("clamp", {True: 1.0}, {}, "a number, got True"),
@@ -134,12 +136,14 @@ def test_strengths_and_masks_of_documents_lie_on_the_cpu_whatever_torchs_default
     ("clamp", {0: torch.zeros(0)}, {}, "must be finite"),
     ("clamp", {0: "80"}, {}, "a number or a tensor"),
     ("clamp", {0: None}, {}, "a number or a tensor"),
+    ("clamp", {0: 10**400}, {}, "a number or a tensor"),
     ("clamp", {0: torch.zeros(2, 2)}, {}, r"shape \(batch,\); got \(2, 2\)"),
     ("clamp", {0: torch.zeros(2), 1: torch.zeros(3)}, {}, "strengths for 2 and 3 rows"),
-    ("clamp", {0: 1.0}, {"tokens": "promt"}, "one of all, prompt, generated, or a boolean mask; got 'promt'"),
+    ("clamp", {0: 1.0}, {"tokens": "promt"}, "one of all, prompt, generated, or a boolean tensor; got 'promt'"),
     ("clamp", {0: 1.0}, {"tokens": torch.tensor([0, 1])}, "boolean"),
     ("clamp", {0: 1.0}, {"tokens": torch.ones(1, 2, 3, dtype=torch.bool)}, r"\(batch, tokens\)"),
-    ("clamp", {0: 1.0}, {"tokens": [True, False]}, "boolean mask; got"),
+    ("clamp", {0: 1.0}, {"tokens": [True, False]}, "boolean tensor; got"),
+    ("clamp", {0: 1.0}, {"tokens": np.array([True, False])}, "boolean tensor; got array"),
 ])
 def test_what_cannot_be_meant_is_refused_with_what_came(op, values, settings, message):
     with pytest.raises(EditError, match=message):
@@ -229,6 +233,7 @@ def spoilt(**changes):
 
 @pytest.mark.parametrize(("document", "message"), [
     ("", "not a document of edits"),
+    ("[" * 100_000, "not a document of edits"),
     ("[]", "not a document of edits"),
     ("{}", "not a document of edits"),
     ('{"format": "sae_hooks.edits/2", "edits": []}', "in format 'sae_hooks.edits/2'"),
@@ -244,11 +249,13 @@ def spoilt(**changes):
     (spoilt(values=[[1.0, 2.0], [1.0]]), "one value a feature"),
     (spoilt(values=[[1.0, "inf"]]), "finite"),
     (spoilt(values=[[1.0, 1e400]]), "finite"),
+    (spoilt(values=[[1.0, 10**400]]), "not a document of edits"),
     (spoilt(values=[[1.0, "x"]]), "not a document of edits"),
     (spoilt(tokens="some"), "one of all"),
     (spoilt(tokens=[1, 2]), "boolean"),
     (spoilt(tokens=[[True], [True, False]]), "not a document of edits"),
     (spoilt(tokens=7), "boolean"),
+    (spoilt(tokens={}), "not a document of edits"),
 ])
 def test_a_document_that_is_wrong_is_refused_with_the_reason(document, message):
     with pytest.raises(EditError, match=message):

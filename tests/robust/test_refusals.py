@@ -147,6 +147,11 @@ FAILING_EDITS = {
     "a layer unknown": lambda saes: saes.clamp({1: 1.0}, layer=2),
     "a document of something else": lambda saes: saes.apply('{"format": "else", "edits": []}'),
     "a document cut short": lambda saes: saes.apply('{"format": '),
+    "a document that was read": lambda saes: saes.apply(json.loads(document([1]))),
+    "a document of bytes": lambda saes: saes.apply(document([1]).encode()),
+    "no document": lambda saes: saes.apply(None),
+    "a number for features": lambda saes: saes.ablate(3),
+    "a feature in brackets": lambda saes: saes.ablate([[3]]),
     "a splice where one is": lambda saes: saes.splice(),
 }
 
