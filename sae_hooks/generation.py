@@ -105,13 +105,14 @@ class Generation:
         return column
 
     def finish(self, text: Tensor) -> None:
-        """Note where each row of the text (rows times samples, columns) ends: at its EOS, or where padding begins."""
+        """Note where each row of the text (rows times samples, columns) ends: at its EOS, or where padding begins, but
+        not before the first new token, which was generated even if it is the token for padding."""
         new = text[:, self.given :]
         stops = torch.isin(new, torch.tensor(self.eos, dtype=new.dtype, device=new.device))
         real = stops.cumsum(1) - stops.long() == 0
         for pad in set(self.pad) - set(self.eos):
             real &= (new == pad).flip(1).cumprod(1).flip(1) == 0
-        ends = self.width + real.sum(1)
+        ends = self.width + real.sum(1).clamp(min=min(new.shape[1], 1))
         self.ends = ends.amax(0, keepdim=True) if self.beams else ends
 
     def read(self, row: Tensor, column: Tensor) -> Tensor:

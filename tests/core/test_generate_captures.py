@@ -98,6 +98,18 @@ def test_a_row_that_another_criterion_ended_early_is_captured_as_far_as_its_text
     holds(case, features[case.site], read([first[:len(PROMPTS[0]) + 3], *others]))
 
 
+def test_a_row_whose_first_new_token_is_the_one_for_padding_keeps_its_prompt(case):
+    def say_padding(input_ids, scores):
+        scores[0] = torch.full_like(scores[0], -torch.inf).index_fill(0, torch.tensor([0]), 0.0)
+        return scores
+
+    model = case.attached()
+    with model.saes.capture() as features:
+        out = generate(model, logits_processor=[say_padding])
+    assert out[0, WIDTH:].tolist() == [0] * NEW
+    holds(case, features[case.site], [PROMPTS[0], *read(by_hand(case, None))[1:]])
+
+
 def test_a_talk_continued_with_its_cache_is_captured_on_from_where_it_was(case):
     prompt, more = torch.tensor([PROMPTS[1]]), torch.tensor([[71, 72, 73]])
     model, cache = case.attached(), DynamicCache()
