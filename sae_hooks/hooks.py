@@ -159,7 +159,7 @@ class SiteHook:
                 new = self._edit(new, request, _rows(request, x), source, chosen)
             else:
                 new = self._splice(new, request, source, chosen)
-        if x.dtype == torch.float16 and float(new.detach().abs().max()) > torch.finfo(x.dtype).max:
+        if x.dtype == torch.float16 and _overflows(new.detach(), x.detach()):
             raise EditError(
                 f"{self.site}: the edited activations overflow float16; use a smaller strength, or bfloat16"
             )
@@ -338,6 +338,12 @@ def _inert_pass() -> PassHook:
 def everything(x: Tensor) -> Tensor:
     """The selection of every position of x (..., d)."""
     return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+
+
+def _overflows(new: Tensor, x: Tensor) -> bool:
+    """Whether new (..., d) is beyond what x's dtype holds, at a position where x (..., d) had no infinity before."""
+    size, most = new.abs(), torch.finfo(x.dtype).max
+    return float(size.max()) > most and bool(((size.amax(-1) > most) & ~x.isinf().any(-1)).any())
 
 
 def _spliced_at_once(sae: SAE, x: Tensor, old: Tensor, chosen: Tensor | None) -> Tensor | None:

@@ -134,6 +134,20 @@ def test_activations_that_overflow_float16_are_refused_and_not_generated_from(mo
     assert outcome(model, SITE)[1].isfinite().all()
 
 
+def test_an_infinity_that_was_there_before_is_no_edits_fault(loud):
+    network = attach_saes(nn.Sequential(nn.Identity()).half(), {"0.output": loud})
+    x = torch.zeros(3, 32).half()
+    x[1, 5] = -torch.inf
+    for amounts in ({0: 1.0}, {0: 0.5, 1: 0.5}):  # one edit, and two
+        edits = [network.saes.add({feature: amount}, special_tokens=True) for feature, amount in amounts.items()]
+        assert torch.equal(network(x), x + 1)
+        strong = {2: torch.tensor([6e4, NAN, NAN]), 3: torch.tensor([6e4, NAN, NAN])}
+        with pytest.raises(EditError, match="overflow float16"), network.saes.add(strong, special_tokens=True):
+            network(x)
+        for edit in edits:
+            edit.remove()
+
+
 def plain_network():
     """No Hugging Face model at all: takes no token ids, and does not tell the width of its middle."""
     with torch.random.fork_rng(devices=[]):
