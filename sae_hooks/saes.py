@@ -100,6 +100,7 @@ class CaptureHandle(Handle):
 class Saes(Mapping[str, SAE]):
     """The SAEs attached to one model, by name (their site, unless another name was given); weights load at first use.
 
+    They may be copied then, so detach and attach again after changing the weights of an SAE of your own.
     Edits return a `Handle`: a context manager, also removed by `.remove()`. Keywords that they share:
 
     layer, site, name: which SAE; needed where several are attached. `site` is a path with its side, or an alias.
