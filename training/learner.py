@@ -316,7 +316,7 @@ class Learner:
                       for key, t in self.optimizer.state.get(moved, {}).items()}
         if self.rows and self.rows.steps:
             for name, square in self.rows.moments().items():
-                found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps)),
+                found |= {f"adam.{name}.step": torch.tensor(float(self.rows.steps), dtype=torch.float32),
                           f"adam.{name}.exp_avg_sq": feature_first(name, square)}
         return found
 

@@ -69,7 +69,8 @@ class RowAdam:
                 grad = torch.zeros_like(w)
             if unit:
                 remove_along(grad, w)
-            adam([w], [grad], [first_moment[:len(w)]], [square[block]], [], [torch.tensor(self.steps - 1.0)],
+            step = torch.tensor(self.steps - 1.0, dtype=torch.float32)  # counted up there
+            adam([w], [grad], [first_moment[:len(w)]], [square[block]], [], [step],
                  fused=True, amsgrad=False, beta1=0.0, beta2=self.beta2, lr=rate, weight_decay=0.0, eps=self.eps,
                  maximize=False)
             if unit:
