@@ -53,9 +53,9 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     torchrun each process writes every n-th shard, and all return when the whole is there.
 
     Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
-    setting, or one made with other edits, splices or adapters in effect, naming what differs; and for a value that
-    dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is there stays; but
-    an export that was begun, and has no shard yet, gives way to another.
+    setting, or one made with other edits, splices, adapters or another autocast in effect, naming what differs; and for
+    a value that dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is
+    there stays; but an export that was begun, and has no shard yet, gives way to another.
     """
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
