@@ -154,7 +154,7 @@ def _read_safetensors(file: IO[bytes], allowed: Collection[str]) -> dict[str, Te
     tensors = {}
     for name, info in header.items():
         start, stop = info["data_offsets"]
-        raw = torch.empty(stop - start, dtype=torch.uint8)
+        raw = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         file.seek(data_at + start)
         if stop > start and cast(io.BufferedReader, file).readinto(cast(Any, raw.numpy())) != stop - start:
             raise SaeFormatError(f"tensor {name!r}: the file was cut short while it was read")

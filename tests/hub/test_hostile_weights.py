@@ -293,3 +293,12 @@ def test_27_values_that_a_dtype_cannot_hold_are_refused_not_infinite(random_mode
         with pytest.raises(SaeFormatError, match=r"float16 cannot hold these weights \(W_enc has 1 .*\(7, 3\)"):
             load()
     assert load_sae(tmp_path, dtype=torch.bfloat16).W_enc.isfinite().all()
+
+
+def test_weights_are_read_whatever_the_default_device_is(random_sae, tmp_path):
+    sae = random_sae(32, 64, "model.layers.1.output")
+    save_pretrained(sae, tmp_path)
+    with torch.device("meta"):
+        found = load_sae(tmp_path)
+    assert torch.equal(found.W_enc, sae.W_enc)
+    assert torch.equal(found.threshold, sae.threshold)
