@@ -63,6 +63,7 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     window = window_length(model, window)
     settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
                 "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": tokens_per_batch}
+    check_dtype(dtype)
     read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
     to_come = parts(read, window, overlap, tokens_per_shard)
     first = list(islice(to_come, 1))  # what cannot be read or cut is told before the folder is claimed for it
@@ -88,8 +89,7 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 # --- the folder ---------------------------------------------------------------------------------------------
 
 def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the features depend on, but the text. Raises DataError for a dtype that the store has not."""
-    check_dtype(settings["dtype"])
+    """All that the features depend on, but the text."""
     requests = extractor.saes._runtime.requests()
     edits = Edits(tuple(request.edit for request in requests if isinstance(request, EditRequest)))
     only_some = {"adapters": adapters_identity(extractor.model), "autocast": autocast_identity(extractor.model)}

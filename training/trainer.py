@@ -46,12 +46,12 @@ def train(stream: Stream, trainees: Sequence[Trainee], config: TrainConfig, fold
     each has read its own texts. parallel=Parallel() trains alone, whatever a launcher has started: give each such
     process a folder of its own.
 
-    Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has not
-    or several processes were launched and no `parallel` is given, CheckpointError for the checkpoints of another
-    training: what was saved before stays. Raises DataError where the texts end early, or the model gives activations
-    that are not finite: what is done is saved then, and more text behind it (unless it is shuffled) or more activations
-    let it go on. It comes also where shards hold what is not finite: then only what was saved before stays. Raises
-    TrainingError where another process trains in the folder at this moment.
+    Raises TrainingError where a loss is not finite, the disk is full, a trainee asks for a site that the stream has
+    not, several processes were launched and no `parallel` is given or another one trains in the folder at this moment,
+    CheckpointError for the checkpoints of another training: what was saved before stays. Raises DataError where the
+    texts end early, or the model gives activations that are not finite: what is done is saved then, and more text
+    behind it (unless it is shuffled) or more activations let it go on. It comes also where shards hold what is not
+    finite: then only what was saved before stays.
     """
     parallel = stated(parallel)
     place = None if folder is None else Path(folder)

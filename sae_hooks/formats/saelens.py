@@ -170,7 +170,7 @@ def _encoder(t: Mapping[str, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor, T
     if recipe.architecture != "gated":
         if recipe.k is not None:
             return t["W_enc"], t["b_enc"], None
-        zeros = torch.zeros(t["b_enc"].shape, dtype=torch.float32)
+        zeros = torch.zeros_like(t["b_enc"], dtype=torch.float32)
         return t["W_enc"], t["b_enc"], positive(t["threshold"]) if "threshold" in t else zeros
     wide = torch.promote_types(t["W_enc"].dtype, torch.float32)
     gain = t["r_mag"].double().exp()

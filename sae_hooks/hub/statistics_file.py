@@ -61,7 +61,8 @@ def statistics_bytes(sae: SAE, measured: FeatureStatistics) -> bytes:
     """The file of an SAE's statistics, which states what weights they are of."""
     arrays = {name: getattr(measured, name).clone(memory_format=torch.contiguous_format)
               for name in ("frequency", "mean", "max", "quantiles")}
-    known = {"tokens": torch.tensor([measured.tokens]), "levels": torch.tensor(LEVELS, dtype=torch.float64)}
+    known = {"tokens": torch.tensor([measured.tokens], device="cpu"),
+             "levels": torch.tensor(LEVELS, dtype=torch.float64, device="cpu")}
     return safetensors_bytes(arrays | known, WEIGHTS, sae_digest(sae))
 
 

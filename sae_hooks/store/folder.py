@@ -188,8 +188,8 @@ def _features(shard: Shard, rows: slice | Array, indptr: Array, indices: Array, 
 
 
 def _no_rows(d_sae: int) -> SparseFeatures:
-    none = torch.zeros(0, dtype=torch.int64)
-    return SparseFeatures(torch.zeros(1, dtype=torch.int64), none, torch.zeros(0), d_sae, none, none, none)
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return SparseFeatures(none.new_zeros(1), none, none.float(), d_sae, none, none, none)
 
 
 def _read_export(path: Path) -> tuple[dict[str, Any], str]:

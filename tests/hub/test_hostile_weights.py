@@ -16,7 +16,7 @@ import torch
 from hub.files import D, F, arrays, safetensors_file, write_npz
 from safetensors.torch import save_file
 
-from sae_hooks import attach_saes
+from sae_hooks import FeatureStatistics, attach_saes
 from sae_hooks.errors import SaeFormatError, SaeNotFoundError, UnsafeFileError
 from sae_hooks.hub import load_sae, save_pretrained
 
@@ -295,10 +295,13 @@ def test_27_values_that_a_dtype_cannot_hold_are_refused_not_infinite(random_mode
     assert load_sae(tmp_path, dtype=torch.bfloat16).W_enc.isfinite().all()
 
 
-def test_weights_are_read_whatever_the_default_device_is(random_sae, tmp_path):
+def test_weights_and_statistics_are_read_and_written_whatever_the_default_device_is(random_sae, tmp_path):
     sae = random_sae(32, 64, "model.layers.1.output")
-    save_pretrained(sae, tmp_path)
+    sae.statistics = FeatureStatistics(9, *[torch.ones(64)] * 3, torch.ones(3, 64))
     with torch.device("meta"):
+        save_pretrained(sae, tmp_path)
         found = load_sae(tmp_path)
+    assert found.statistics.tokens == 9
+    assert torch.equal(found.statistics.max, torch.ones(64))
     assert torch.equal(found.W_enc, sae.W_enc)
     assert torch.equal(found.threshold, sae.threshold)
