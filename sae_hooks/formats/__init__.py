@@ -20,6 +20,10 @@ class Dialect(Protocol):
     """What every dialect module has. `files` maps posix paths inside the source to bytes."""
 
     @property
+    def LOOKS_FOR(self) -> str:
+        """The files that it is known by, for messages."""
+
+    @property
     def NAMES(self) -> frozenset[str]:
         """The tensor names that its files may hold."""
 

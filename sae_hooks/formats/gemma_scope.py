@@ -16,6 +16,7 @@ from ..sae import SAE
 from .entry import Entry, d_in_from_size, told_width
 from .weights import orient, positive, require
 
+LOOKS_FOR = "params.npz (Gemma Scope)"
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "w_enc", "w_dec", "scaling_factor"})
 REPO = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)\b")
 PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\d+[km]?)/average_l0_(\d+(?:\.\d+)?)/[^/]*$")

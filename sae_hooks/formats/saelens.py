@@ -22,6 +22,7 @@ from .saelens_config import GENERATED, VERSION, Recipe, read
 from .weights import orient, positive, require, subtract_from_bias
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+LOOKS_FOR = "cfg.json with sae_weights.safetensors (SAELens)"
 NAMES = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "W_skip", "b_gate", "b_mag",
                    "r_mag", "scaling_factor"})
 

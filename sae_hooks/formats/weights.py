@@ -11,6 +11,8 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
 
 MOST_NORM = 1e4
+ENCODERS = ("W_enc", "w_enc", "encoder.weight")
+BIASES = ("b_enc", "b_gate", "encoder.bias", "gate_bias")  # as long as there are features
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,6 +38,15 @@ def orient(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
     if wrong:
         raise SaeMismatchError("tensors do not fit together: " + "; ".join(wrong))
     return turned
+
+
+def sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """(d_in, d_sae) by the shapes of a file's tensors, whichever way its encoder is kept; None where they tell none."""
+    encoder = next((shapes[name] for name in ENCODERS if name in shapes), ())
+    bias = next((shapes[name] for name in BIASES if name in shapes), ())
+    if not bias or len(encoder) != 2 or bias[0] not in encoder:
+        return None
+    return encoder[0] if encoder[1] == bias[0] else encoder[1], bias[0]
 
 
 def subtract_from_bias(b_enc: Tensor, shift: Tensor, W_enc: Tensor) -> Tensor:

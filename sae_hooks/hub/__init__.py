@@ -19,7 +19,7 @@ from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundErro
 from ..formats import DIALECTS, Entry, saelens
 from ..formats.hook_names import SIDES
 from ..formats.selection import choose, may_match, placed, wanted
-from ..formats.weights import warn_odd_decoder
+from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
 from .safe_files import config_bytes, read_config, write_atomically
@@ -242,9 +242,8 @@ def _offered(at: Source) -> list[Entry]:
     if pickles:
         raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened; "
                               "sae_hooks reads none. Convert it to safetensors (there is no allow_pt here)")
-    raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for params.npz (Gemma Scope), params.safetensors "
-                           f"(Gemma Scope 2), cfg.json with sae_weights.safetensors (SAELens); found {_few(files)}"
-                           + _unfollowed(at))
+    known = ", ".join(dialect.LOOKS_FOR for dialect in DIALECTS.values())
+    raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for {known}; found {_few(files)}" + _unfollowed(at))
 
 
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
@@ -283,15 +282,13 @@ def _measured(at: Source, entry: Entry) -> Entry:
         return entry
     path = at.fetch(entry.weights)
     with _located(at.where(entry.weights)):
-        shapes = {name.lower(): shape for name, shape in read_shapes(path).items()}
-        bias = shapes.get("b_enc") or shapes.get("b_gate")
-        encoder = shapes.get("w_enc")
-        if not bias or not encoder or len(encoder) != 2 or bias[0] not in encoder:
+        told = sizes(read_shapes(path))
+        if told is None:
             return entry  # told in full when it is loaded
-        width = bias[0]
+        d_in, width = told
         if entry.width not in (None, width):
             raise SaeFormatError(f"its name or config says {entry.width} features, its header {width}")
-        return replace(entry, width=width, d_in=encoder[0] if encoder[1] == width else encoder[1])
+        return replace(entry, width=width, d_in=d_in)
 
 
 def _check_promise(entry: Entry, sae: SAE) -> None:
