@@ -139,7 +139,7 @@ def _prompt(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     bos = _setting("bos_token_id", args, kwargs, config)
     if prompt is None and bos is not None and _is_plain(model):
         given = (v for name, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and not hasattr(config, name))
-        prompt = torch.full((len(next(given, [0])), 1), _numbers(bos)[0])
+        prompt = torch.full((len(next(given, [0])), 1), _numbers(bos)[0], device="cpu")
     return prompt, kwargs.get("attention_mask")
 
 

@@ -104,7 +104,8 @@ class Trial:
             with _open(self.runtime, list(requests)):
                 output = self.model(input_ids=self.ids, attention_mask=self.mask, **no_cache)
             logits = getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != self.ids.shape:
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != self.ids.shape \
+                or int(self.ids.max()) >= logits.shape[-1]:
             raise SaeAttachError(
                 "losses are those of a causal language model, which gives logits (batch, tokens, vocabulary); attach "
                 f"to one, not to {type(self.model).__name__}"

@@ -311,7 +311,7 @@ class Saes(Mapping[str, SAE]):
         layer = _layer(slot)
         if site in sites.KINDS and layer is not None:
             return sites.resolve(self._model, sites.alias(self._model, layer, site)[0]).key == slot.read.key
-        return _named(slot, site) or slot.read.key.endswith("." + site)
+        return _named(slot, site) or slot.read.key.endswith(f".{site}")
 
     def _ready(self, slot: Slot) -> Slot:
         """The slot with its weights loaded, after making sure that its hooks still stand in the model's way."""

@@ -175,7 +175,8 @@ def test_inputs_that_are_no_token_ids_are_refused(tiny_gemma2, wrong):
         attach_saes(tiny_gemma2, exact()).saes.check(wrong)
 
 
-@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
+                                  "T5ForConditionalGeneration"])
 def test_a_model_that_is_no_causal_language_model_is_refused(random_model, random_sae, kind):
     config = transformers.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=128)
     model = getattr(transformers, kind)(config if kind.startswith("T5") else random_model("Llama").config).eval()

@@ -115,7 +115,7 @@ def test_an_encoder_decoder_that_begins_in_its_own_way_is_refused_where_the_prom
     assert edit.positions_edited > 0
 
 
-def test_generation_from_nothing_has_its_bos_as_prompt():
+def test_generation_from_nothing_has_its_bos_as_prompt_whatever_the_default_device_is():
     for settings in ({}, {"do_sample": True, "num_return_sequences": 3}):
         torch.manual_seed(0)
         rows = settings.get("num_return_sequences", 1)
@@ -123,7 +123,7 @@ def test_generation_from_nothing_has_its_bos_as_prompt():
         del sae.metadata["typical_norm"]
         model = attach_saes(make_model("Llama"), sae)
         for tokens, count in (("prompt", rows), ("generated", (NEW - 1) * rows), ("all", NEW * rows)):
-            with model.saes.add({3: 25.0}, tokens=tokens, special_tokens=True) as edit:
+            with model.saes.add({3: 25.0}, tokens=tokens, special_tokens=True) as edit, torch.device("meta"):
                 model.generate(max_new_tokens=NEW, **settings)
             assert edit.positions_edited == count
 

@@ -90,6 +90,12 @@ def test_a_feature_edited_twice_is_refused_and_the_first_edit_stands(attached):
         assert torch.equal(outcome(attached, SITE)[1], want)
 
 
+@pytest.mark.parametrize("where", [{"site": 2}, {"layer": "2"}, {"name": 2}, {"site": ["resid_post"]}])
+def test_an_edit_at_what_is_no_place_is_refused_and_told_what_there_is(attached, where):
+    with pytest.raises(EditError, match=r"no SAE with .* is attached; there are: model.layers"):
+        attached.saes.clamp({3: 9.0}, **where)
+
+
 def test_shared_edits_do_what_the_first_ones_did(attached):
     mask = torch.tensor([True, True, True, False, False, True, True])
     with attached.saes.clamp({3: torch.tensor([9.0, NAN, 1.0])}, tokens=mask) as first, \
