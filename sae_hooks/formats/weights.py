@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
 
 MOST_NORM = 1e4
-ENCODERS = ("W_enc", "w_enc", "encoder.weight")
-BIASES = ("b_enc", "b_gate", "encoder.bias", "gate_bias")  # as long as there are features
+ENCODERS = ("W_enc", "w_enc", "W_E", "encoder.weight")
+BIASES = ("b_enc", "b_gate", "b_E", "encoder.bias", "gate_bias")  # as long as there are features
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

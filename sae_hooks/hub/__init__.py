@@ -28,7 +28,7 @@ from .statistics_file import beside, of_other_weights, read_statistics, statisti
 from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
 CARD = """---
 library_name: sae_hooks
 tags:

@@ -18,7 +18,8 @@ from .safe_files import check_contained
 
 MOST_FILES = 200_000
 STATISTICS = "feature_statistics.safetensors"
-BESIDE = ("cfg.json", "config.json", STATISTICS)  # what goes with a weight file that is named itself
+# What goes with a weight file that is named itself.
+BESIDE = ("cfg.json", "config.json", "hyperparams.json", STATISTICS)
 _checked: set[tuple[str, int, int]] = set()  # cached files whose hash was right: (path, size, mtime)
 
 
@@ -74,8 +75,11 @@ class LocalSource:
             raise SaeNotFoundError(f"{path} does not exist")
         if not path.is_dir() and not path.is_file():
             raise SaeNotFoundError(f"{path} is neither a folder nor a regular file")
-        self.only = None if path.is_dir() else path.name
-        self.root = Path(os.path.abspath(path if path.is_dir() else path.parent))
+        path = Path(os.path.abspath(path))
+        self.root = path if path.is_dir() else path.parent
+        if not path.is_dir() and self.root.name == "checkpoints" and (self.root.parent / "hyperparams.json").is_file():
+            self.root = self.root.parent  # Llama Scope of 2024
+        self.only = None if path.is_dir() else path.relative_to(self.root).as_posix()
         self.name = self.root.as_posix()
 
     def files(self) -> Mapping[str, int]:

@@ -53,6 +53,34 @@ def topk(w, x, k):
     return kept
 
 
+def openmoss_2024(w, x, keep, norm_in, norm_out, weighed=True):
+    """Features and reconstruction as OpenMOSS' loader of 2024 has them (lm_saes sae.py, from_config): the decoder to
+    the raw scale, then its rows to norm 1, if they weigh; `keep` tells which of the features stay."""
+    s_in, s_out = (np.sqrt(x.shape[1]) / norm for norm in (norm_in, norm_out))
+    W_enc, b_enc = w["W_enc"], w["b_enc"] / s_in
+    W_dec = w["W_dec"] * s_in / s_out
+    if weighed:
+        norms = np.linalg.norm(W_dec, axis=1)
+        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
+    pre = x @ W_enc + b_enc
+    acts = pre * keep(pre)
+    return acts, acts @ W_dec + w["b_dec"] / s_out
+
+
+def openmoss(w, x, keep, norm_in, norm_out, weighed=True):
+    """The same by llamascopium 2.0.0b34 (models/sae.py): normalize_activations, encode, decode, denormalize."""
+    s_in, s_out = (np.sqrt(x.shape[1]) / norm for norm in (norm_in, norm_out))
+    norms = np.linalg.norm(w["W_dec"], axis=1) if weighed else 1
+    pre = (x * s_in) @ w["W_enc"] + w["b_enc"]
+    acts = pre * norms * keep(pre * norms) / norms
+    return acts, (acts @ w["W_dec"] + w["b_dec"]) / s_out
+
+
+def largest(k):
+    """Which of the values of each row are above 0 and among its k largest."""
+    return lambda pre: (pre >= np.sort(pre, axis=1)[:, -k, None]) & (pre > 0)
+
+
 def decode(w, acts):
     return acts @ w["W_dec"] + w["b_dec"]
 
