@@ -23,7 +23,7 @@ def test_an_sae_of_2024_computes_what_its_authors_loader_does(gate, weighed):
     acts, x_hat = openmoss_2024(w, x, keep, READ, WRITTEN, weighed)
     assert 0.03 < np.mean(acts > 0) < (0.45 if threshold else 0.6)
     assert_agrees(sae, x, acts, x_hat)
-    assert (sae.k == 5) == (gate == "topk")
+    assert (sae.k, sae.metadata.get("l0")) == ((5, 5.0) if gate == "topk" else (None, None))
 
 
 @pytest.mark.parametrize("layout", ["linear", "bare"])
@@ -41,6 +41,15 @@ def test_a_later_one_computes_what_its_authors_do_on_normalised_activations(gate
     assert_agrees(sae, x, acts * scale, x_hat)
     assert (sae.site, sae.site_out) == ("model.layers.3.post_attention_layernorm.normalized",
                                         "model.layers.3.mlp.output")
+
+
+def test_keys_that_are_missing_or_spelled_otherwise_mean_what_they_do_to_the_authors_loader():
+    w, x = drawn(), raw()
+    config = {key: value for key, value in CONFIG.items() if key not in ("sparsity_include_decoder_norm", "sae_type")}
+    acts, x_hat = openmoss(w, x, lambda pre: pre > w["threshold"], READ, WRITTEN)
+    assert_agrees(llama_scope.build(later(), bare(w), config | {"act_fn": "JumpReLU"}), x, acts, x_hat)
+    w = drawn(threshold=False)  # the one threshold of 2024 means nothing later
+    assert llama_scope.build(later(), bare(w), CONFIG | {"act_fn": "topk", "jump_relu_threshold": 1.5}).k == 5
 
 
 @pytest.mark.parametrize("build", ["2024", "later"])
@@ -66,11 +75,12 @@ def test_the_average_norm_of_what_is_read_is_the_typical_norm_of_the_site():
 
 def test_weights_of_bfloat16_are_folded_in_float32():
     w, x = drawn(threshold=False), raw()
-    tensors = linear(w, torch.bfloat16)
+    tensors, config = linear(w, torch.bfloat16), HYPERPARAMS | {"jump_relu_threshold": 1.503}
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    sae = llama_scope.build(first(), tensors, HYPERPARAMS)
+    sae = llama_scope.build(first(), tensors, config)
     assert {sae.W_enc.dtype, sae.W_dec.dtype, sae.b_enc.dtype, sae.threshold.dtype} == {torch.float32}
-    same = llama_scope.build(first(), exact, HYPERPARAMS)
+    same = llama_scope.build(first(), exact, config)
+    assert float(sae.threshold[0]) == pytest.approx(1.503, rel=1e-6)
     torch.testing.assert_close(sae.W_enc.double(), same.W_enc, rtol=1e-6, atol=0)
     torch.testing.assert_close(sae(torch.from_numpy(x)), same(torch.from_numpy(x)), rtol=1e-5, atol=1e-5)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from formats.equations import D_IN, D_SAE, openmoss_2024, weights
-from formats.openmoss import BASE, CONFIG, HYPERPARAMS, READ, WRITTEN, bare, drawn, first, later, linear
+from formats.openmoss import BASE, CONFIG, HYPERPARAMS, READ, SCOPE_2, WRITTEN, bare, drawn, first, later, linear
 from safetensors.torch import save_file
 
 from sae_hooks import attach_saes
@@ -21,6 +21,7 @@ from sae_hooks.hub import find_saes, list_saes, load_sae
     ("fnlp/x", "Llama3_1-8B-Base-L31A-8x", ("attn_out", 31, 32768, None, "meta-llama/Llama-3.1-8B")),
     ("fnlp/x", "Llama3_1-8B-Base-L8TC-8x", ("transcoder", 8, 32768, None, "meta-llama/Llama-3.1-8B")),
     ("/data/Llama3_1-8B-Base-L8TC-8x", "", ("transcoder", 8, 32768, None, "meta-llama/Llama-3.1-8B")),
+    ("/data/L3R", "Llama3_1-8B-Base-L8TC-8x", ("transcoder", 8, 32768, None, "meta-llama/Llama-3.1-8B")),
     ("me/mine", "", (None, None, None, None, None)),
 ])
 def test_a_folder_of_2024_tells_kind_layer_width_and_model(repo, folder, told):
@@ -146,6 +147,19 @@ def test_what_a_repository_offers_is_listed_with_what_cannot_be_read(tmp_path):
     assert (transcoder.flaw, transcoder.width, transcoder.l0, transcoder.d_in) == (None, D_SAE, 5.0, D_IN)
     with pytest.raises(SaeFormatError, match=r"'blocks\.3\.ln2\.hook_normalized', and which module that is"):
         find_saes(tmp_path / "Qwen3")
+
+
+@pytest.mark.parametrize("named", ["", "sae_weights.safetensors"])
+def test_sizes_that_the_config_leaves_open_are_told_by_the_weights(named, tmp_path):
+    folder = tmp_path / SCOPE_2 / "run"
+    folder.mkdir(parents=True)
+    save_file(bare(drawn()), folder / "sae_weights.safetensors")
+    config = {key: value for key, value in CONFIG.items() if key not in ("d_model", "expansion_factor")}
+    (folder / "config.json").write_text(json.dumps(config))
+    [found] = find_saes(folder / named, layer=3)
+    assert (found.entry.d_in, found.entry.width) == (D_IN, D_SAE)
+    sae = found.load()
+    assert (sae.site_out, sae.d_sae) == ("model.layers.3.mlp.output", D_SAE)
 
 
 @pytest.mark.parametrize("named", ["", "checkpoints/final.safetensors"])
