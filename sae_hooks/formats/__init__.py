@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..sae import SAE
-from . import gemma_scope, gemma_scope_2, llama_scope, saelens
+from . import gemma_scope, gemma_scope_2, llama_scope, saelens, sparsify
 from .entry import Entry
 
 
@@ -43,7 +43,9 @@ class Dialect(Protocol):
         """The SAE."""
 
 
-DIALECTS: dict[str, Dialect] = {"gemma_scope": gemma_scope, "gemma_scope_2": gemma_scope_2,
-                                "llama_scope": llama_scope, "saelens": saelens}
+DIALECTS: dict[str, Dialect] = {
+    "gemma_scope": gemma_scope, "gemma_scope_2": gemma_scope_2, "llama_scope": llama_scope, "saelens": saelens,
+    "sparsify": sparsify,
+}
 
 __all__ = ["DIALECTS", "Dialect", "Entry"]
