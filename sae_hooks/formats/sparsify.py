@@ -66,8 +66,7 @@ def refine(entry: Entry, config: dict[str, Any]) -> Entry:
     if module:
         site, site_out = f"{module}.{'input' if recipe.transcodes else 'output'}", f"{module}.output"
     return replace(entry, site=site, site_out=site_out, hook=None if module else entry.hook, d_in=recipe.d_in,
-                   width=recipe.d_sae, l0=float(recipe.k),
-                   kind="transcoder" if recipe.transcodes else kind_of(site) if site else None)
+                   width=recipe.d_sae, l0=float(recipe.k), kind=_kind(site_out, recipe))
 
 
 def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> SAE:
@@ -146,6 +145,14 @@ def _tensors(tensors: Mapping[str, Tensor], recipe: _Recipe) -> dict[str, Tensor
     shapes: dict[str, tuple[int, ...]] = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,),
                                           "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     return orient(tensors, shapes | ({"W_skip": (d_out, d_in)} if recipe.skips else {}))
+
+
+def _kind(site_out: str | None, recipe: _Recipe) -> str | None:
+    """What people call it. "transcoder" is one of an MLP: so it is put where a model calls its MLP otherwise."""
+    written = kind_of(site_out) if site_out else None
+    if recipe.transcodes:
+        return "transcoder" if written == "mlp_out" or not site_out else None
+    return written
 
 
 def _called(path: str) -> str:

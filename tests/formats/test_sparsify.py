@@ -1,5 +1,7 @@
 """The sparsify dialect: its equations, what it refuses, what the names of its folders tell."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,15 @@ def test_a_config_that_cannot_be_right_is_refused_by_key(flaw, tells):
     assert tells in str(caught.value)
 
 
+@pytest.mark.parametrize("key", [*CONFIG, *sparsify.REFUSED])
+def test_no_value_of_a_key_does_worse_than_being_refused(key):
+    entry = Entry(dialect="sparsify", weights="", hook="layers.3")
+    for value in ([], {}, [1], {"a": 1}, "", "x", -1, 0, 0.5, 10**19, True, None):
+        with contextlib.suppress(SaeFormatError):
+            told = sparsify.refine(entry, CONFIG | {key: value})
+            assert told.width is None or type(told.width) is int
+
+
 def test_keys_of_a_branch_that_say_nothing_are_no_hindrance():
     off = {"signed": False, "normalize_io": False, "n_targets": 0, "n_sources": 0, "coalesce_topk": "none",
            "post_encoder_scale": False, "train_post_encoder": True}
@@ -161,11 +172,14 @@ def test_weights_of_another_width_than_the_config_says_are_told_from_the_header(
     ("someone/lens", "blocks.3.hook_mlp_out", None, None, None),
     ("someone/sites", "model.layers.3.output", None, None, None),
     ("someone/seeds", "seed0", None, None, None),
+    ("someone/runs", "v1.2", None, None, None),
     ("someone/whole-v1.2", "", None, None, None),
 ])
 def test_the_folder_s_name_tells_module_and_layer(repo, path, site, kind, layer):
     files = {f"{path}/{name}".lstrip("/"): 1 for name in ("cfg.json", "sae.safetensors")}
-    [entry] = sparsify.entries(files | {"config.json": 1, "state.pt": 1, "layers.1/cfg.json": 1}, repo)
+    others = dict.fromkeys(("config.json", "layers.1/cfg.json", "layers.2/sae.safetensors"), 1)
+    [entry] = sparsify.entries(files | others, repo)
     assert (entry.layer, entry.site) == (layer, None)  # whether it transcodes is not told yet
     told = sparsify.refine(entry, CONFIG)
     assert (told.site, told.site_out, told.kind, told.layer) == (site, site, kind, layer)
+    assert site is None or told.hook is None

@@ -13,12 +13,21 @@ from sae_hooks.hub import find_saes, list_saes, load_sae
 
 def test_a_transcoder_is_told_by_its_config(tmp_path):
     write(tmp_path / "model.layers.3.mlp", weights(*PLAIN, "W_skip"), CONFIG | SKIP)
-    [file] = find_saes(tmp_path)
-    assert (file.entry.kind, file.entry.site, file.entry.site_out) == (
-        "transcoder", "model.layers.3.mlp.input", "model.layers.3.mlp.output")
-    assert find_saes(tmp_path, site="transcoder")[0].entry == file.entry
+    [file] = find_saes(tmp_path, site="transcoder")
+    assert (file.entry.site, file.entry.site_out) == ("model.layers.3.mlp.input", "model.layers.3.mlp.output")
+    assert find_saes(tmp_path)[0].entry == file.entry
     with pytest.raises(SaeNotFoundError, match="transcoder: layers 3; widths 40"):
         find_saes(tmp_path, site="mlp_out")
+
+
+@pytest.mark.parametrize("hook", ["layers.3", "layers.3.self_attn", "h.3.attn"])
+def test_what_people_call_a_transcoder_is_one_of_an_mlp(hook, tmp_path, random_model):
+    write(tmp_path / hook, config=CONFIG | {"transcode": True})
+    with pytest.raises(SaeNotFoundError, match="unknown site: layers 3"):
+        find_saes(tmp_path, site="transcoder")
+    assert find_saes(tmp_path, site=f"model.{hook}.input")[0].entry.site == f"{hook}.input"
+    with pytest.raises(SiteError, match=f"has no module '{hook}'"):
+        attach_saes(random_model("GPTNeoX" if hook != "layers.3" else "GPT2", layers=5), tmp_path)
 
 
 @pytest.fixture
@@ -152,6 +161,18 @@ def test_in_a_model_it_is_at_the_module_of_its_folder(architecture, hook, full, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, clean, atol=1e-2)
     assert model.saes[f"{full}.{'input' if more else 'output'}"] is next(iter(model.saes.values()))
+
+
+@pytest.mark.parametrize(("stack", "d_in"), [("language_model", 32), ("vision_tower.encoder", 16)])
+def test_a_full_path_says_which_of_a_model_s_stacks_of_layers_is_meant(stack, d_in, random_model, tmp_path):
+    model = random_model("Gemma3")
+    for hook, more in (("layers.0", {}), ("layers.0.mlp", {"transcode": True})):
+        write(tmp_path / hook, weights(*PLAIN, d_in=d_in, d_out=d_in), CONFIG | WIDE | {"d_in": d_in} | more)
+    attach_saes(model, tmp_path, site=f"model.{stack}.layers.0.output")
+    attach_saes(model, tmp_path, site=f"model.{stack}.layers.0.mlp.input")
+    assert [(name, slot.write.key) for name, slot in model.saes._slots.items()] == [
+        (f"model.{stack}.layers.0.output",) * 2,
+        (f"model.{stack}.layers.0.mlp.input", f"model.{stack}.layers.0.mlp.output")]
 
 
 def test_a_model_that_lacks_the_module_or_has_another_width_is_told_at_once(random_model, tmp_path):
