@@ -126,7 +126,16 @@ def _offers(
     else:
         for file in hub.find_saes(source, layer=layer, site=site, **select):
             e = file.entry
-            yield Offer(e.site, e.site_out, e.layer, e.kind, e.d_in, None, file.where, partial(file.load, dtype=dtype))
+            read, write = _as_asked(e.site, e.site_out, site)
+            yield Offer(read, write, e.layer, e.kind, e.d_in, None, file.where, partial(file.load, dtype=dtype))
+
+
+def _as_asked(read: str | None, write: str | None, site: str | None) -> tuple[str | None, str | None]:
+    """An SAE's sites (read, written), in full where it tells only the end of the one that is asked for: "layers.1" may
+    be of either tower of a model."""
+    if site is None or read is None or not site.endswith("." + read):
+        return read, write
+    return site, site.removesuffix(read) + (write or read)
 
 
 def _of_sae(model: nn.Module, sae: SAE, layer: int | None, site: str | None, dtype: torch.dtype | None) -> Offer:
