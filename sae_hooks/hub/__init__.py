@@ -6,7 +6,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ class SaeFile:
         Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
         """
         dialect = DIALECTS[self.entry.dialect]
-        config = _config(self.source, self.entry)
+        config = _config(self.source, self.entry.config) if self.entry.config else None
         path = self.source.fetch(self.entry.weights)
         with _located(self.where):
             tensors = read_tensors(path, dialect.NAMES)
@@ -129,7 +129,7 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     chosen = choose(told, want, at.where(), told + others)
     for entry in chosen:
         if entry.flaw:
-            _refine(at, entry)  # raises it
+            _refine(at, entry, _config)  # raises it
     left = [entry.flaw for entry in told if entry.flaw]
     if left and want.layers is None and want.path is None:
         warnings.warn(f"{len(left)} left out, as its config cannot be read: {left[0]}", SaeWarning, stacklevel=2)
@@ -247,32 +247,38 @@ def _offered(at: Source) -> list[Entry]:
 
 
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
-    """The entries with what their small configs say, where names and sizes do not say enough."""
+    """The entries with what their small configs say, where names and sizes do not say enough. A config that several
+    share is read once."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda entry: _refined_or_flawed(at, entry), entries))
+        configs = {name: pool.submit(_config, at, name) for name in dict.fromkeys(_unread(e) for e in entries) if name}
+    return [_refined_or_flawed(at, entry, lambda at, name: configs[name].result()) for entry in entries]
 
 
-def _refined_or_flawed(at: Source, entry: Entry) -> Entry:
+def _refined_or_flawed(at: Source, entry: Entry, read: Callable[[Source, str], dict[str, Any]]) -> Entry:
     """One broken config does not take the others along."""
     try:
-        return _refine(at, entry)
+        return _refine(at, entry, read)
     except (SaeFormatError, SaeNotFoundError) as error:
         return replace(entry, flaw=str(error))
 
 
-def _refine(at: Source, entry: Entry) -> Entry:
-    if entry.config is None or (entry.site is not None and entry.d_in is not None):
+def _refine(at: Source, entry: Entry, read: Callable[[Source, str], dict[str, Any]]) -> Entry:
+    name = _unread(entry)
+    if name is None:
         return entry
-    config = _config(at, entry)
-    with _located(at.where(entry.config)):
-        return DIALECTS[entry.dialect].refine(entry, config or {})
+    config = read(at, name)
+    with _located(at.where(name)):
+        return DIALECTS[entry.dialect].refine(entry, config)
 
 
-def _config(at: Source, entry: Entry) -> dict[str, Any] | None:
-    if entry.config is None:
-        return None
-    path = at.fetch(entry.config)
-    with _located(at.where(entry.config)):
+def _unread(entry: Entry) -> str | None:
+    """The config of an entry that its name and size do not tell in full, if it has one."""
+    return None if entry.site is not None and entry.d_in is not None else entry.config
+
+
+def _config(at: Source, name: str) -> dict[str, Any]:
+    path = at.fetch(name)
+    with _located(at.where(name)):
         return read_config(path)
 
 
