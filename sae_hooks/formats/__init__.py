@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..sae import SAE
-from . import gemma_scope, gemma_scope_2, llama_scope, saelens, sparsify
+from . import circuit_tracer, gemma_scope, gemma_scope_2, llama_scope, saelens, sparsify
 from .entry import Entry
 
 
@@ -45,7 +45,7 @@ class Dialect(Protocol):
 
 DIALECTS: dict[str, Dialect] = {
     "gemma_scope": gemma_scope, "gemma_scope_2": gemma_scope_2, "llama_scope": llama_scope, "saelens": saelens,
-    "sparsify": sparsify,
+    "sparsify": sparsify, "circuit_tracer": circuit_tracer,
 }
 
 __all__ = ["DIALECTS", "Dialect", "Entry"]

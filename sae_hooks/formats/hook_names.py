@@ -25,7 +25,7 @@ GEMMA = {"hook_mlp_out": "post_feedforward_layernorm.output", "attn.hook_z": "se
 LLAMA = {"hook_mlp_out": "mlp.output", "attn.hook_z": "self_attn.o_proj.input",
          "hook_attn_out": "self_attn.o_proj.output", "hook_resid_mid": "post_attention_layernorm.input",
          "ln2.hook_normalized": "post_attention_layernorm.normalized", "mlp.hook_in": "mlp.input",
-         "mlp.hook_post": "mlp.down_proj.input"}
+         "mlp.hook_out": "mlp.output", "mlp.hook_post": "mlp.down_proj.input"}
 GPT2 = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attn.c_proj.input", "hook_attn_out": "attn.c_proj.output",
         "hook_resid_mid": "ln_2.input", "mlp.hook_in": "mlp.input", "mlp.hook_post": "mlp.c_proj.input"}
 NEOX = {"hook_mlp_out": "mlp.output", "attn.hook_z": "attention.dense.input", "hook_attn_out": "attention.dense.output",

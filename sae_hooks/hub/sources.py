@@ -19,7 +19,7 @@ from .safe_files import check_contained
 MOST_FILES = 200_000
 STATISTICS = "feature_statistics.safetensors"
 # What goes with a weight file that is named itself.
-BESIDE = ("cfg.json", "config.json", "hyperparams.json", STATISTICS)
+BESIDE = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", STATISTICS)
 _checked: set[tuple[str, int, int]] = set()  # cached files whose hash was right: (path, size, mtime)
 
 

@@ -59,6 +59,59 @@ def test_18_a_config_that_is_not_strict_json_is_refused_by_file_and_flaw(case, t
     assert str(folder / "cfg.json") in str(caught.value)
 
 
+YAML = {
+    "alias": (b"a: *b", "the config has the alias or anchor 'b'"),
+    "bomb": (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "the alias or anchor 'a'"),
+    "anchor at a key": (b"&b c: 1", "the alias or anchor 'b'"),
+    "code": (b"a: !!python/object/apply:os.system ['false']", "the tag 'tag:yaml.org,2002:python/object/apply:os.sys"),
+    "tag": (b"a: !!str 1", "the tag 'tag:yaml.org,2002:str'"),
+    "duplicate keys": (b"a: 1\na: 2", "the key 'a' twice"),
+    "nested duplicate keys": (b"x: {a: 1, 'a': 2}", "the key 'a' twice"),
+    "merge": (b"<<: {a: 1}", "the config has a merge (<<)"),
+    "a number for a key": (b"on: 1\n2: 3", "the key 'on', which is no text"),
+    "a list for a key": (b"[1]: 2", "a list or mapping for a key"),
+    "NaN": (b"l0: .nan", ".nan, which is no finite number"),
+    "minus infinity": (b"l0: -.INF", "-.INF, which is no finite number"),
+    "1e999": (b"l0: 1.0e+999", "1.0e+999, which is no finite number"),
+    "5000 digits": (b"k: 1" + b"0" * 5000, "a whole number of 5001 digits"),
+    "deep nesting": (b"a: " + b"[" * 400, "nested too deeply"),
+    "deep mappings": (b"{a: " * 100_000, "nested too deeply"),
+    "many values": (b"a: [" + b"1," * 400_000 + b"]", "more than 5000 keys, values and brackets"),
+    "two documents": (b"a: 1\n---\nb: 2", "the config has a second document"),
+    "a list": (b"- 1", "the config is a YAML list, expected a mapping"),
+    "text": (b"hello", "the config is a YAML str, expected a mapping"),
+    "comments alone": (b"# nothing", "the config is a YAML NoneType, expected a mapping"),
+    "UTF-16": ("a: 1".encode("utf-16"), "the config is not YAML in UTF-8"),
+    "lone surrogate": (b'a: "\\ud800"', "the config is not YAML in UTF-8"),
+    "control characters": (b"a: \x01", "the config is not YAML in UTF-8"),
+    "cut": (b"a: [1", "the config is not YAML in UTF-8: while parsing a flow sequence"),
+    "half a number": (b"a: 0b_", "the config is not YAML in UTF-8"),
+    "empty": (b"", "the file is empty (0 bytes)"),
+    "2 MB": (b"a: " + b"x" * 2**21, "larger than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_18_a_yaml_config_that_is_more_than_plain_values_is_refused_by_file_and_flaw(case, tmp_path, cheap):
+    content, tells = YAML[case]
+    (tmp_path / "layer_0.safetensors").write_bytes(b"never looked at")
+    (tmp_path / "config.yaml").write_bytes(content)
+    with cheap(), pytest.raises(SaeFormatError) as caught:
+        load_sae(tmp_path)
+    assert tells in str(caught.value)
+    assert str(tmp_path / "config.yaml") in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_18_yaml_is_read_as_plain_values_and_a_date_is_text(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbfname: Qwen/Qwen3-4B  # whose\n'5': [1, -2.5, 0x1F, yes, ~, '1', 1e3, =]\n"
+                     b"day: 2026-01-02\nempty:\ninner: {a: [], b: {}}\n")
+    assert read_config(path) == {"name": "Qwen/Qwen3-4B", "5": [1, -2.5, 31, True, None, "1", "1e3", "="],
+                                 "day": "2026-01-02", "empty": None, "inner": {"a": [], "b": {}}}
+    assert type(read_config(path)["5"][3]) is bool
+
+
 @pytest.fixture(params=["{", '{"architecture": "matching_pursuit"}', '{"normalize_activations": "layer_norm"}'])
 def one_broken(request, tmp_path, random_sae):
     """SAEs of layers 1 to 3 in folders of no telling names, the config of layer 1's broken."""
