@@ -135,7 +135,7 @@ def _gate(t: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[Tensor | 
 
 def _refuse_elsewhere(entry: Entry, config: Mapping[str, Any]) -> None:
     """Raise SaeFormatError where the config lists the transcoders and the one of this layer is another file."""
-    listed = config.get("transcoders") or []
+    listed = config.get("transcoders")
     if not listed and entry.weights == entry.config:
         raise SaeFormatError("it lists no transcoders, and there is no layer_N.safetensors beside it")
     if not listed:

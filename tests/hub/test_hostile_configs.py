@@ -65,6 +65,8 @@ YAML = {
     "anchor at a key": (b"&b c: 1", "the alias or anchor 'b'"),
     "code": (b"a: !!python/object/apply:os.system ['false']", "the tag 'tag:yaml.org,2002:python/object/apply:os.sys"),
     "tag": (b"a: !!str 1", "the tag 'tag:yaml.org,2002:str'"),
+    "long tag": (b"a: !" + b"x" * 9_000, "the tag '!xxxx"),
+    "long anchor": (b"a: &" + b"x" * 9_000 + b" 1", "the alias or anchor 'xxxx"),
     "duplicate keys": (b"a: 1\na: 2", "the key 'a' twice"),
     "nested duplicate keys": (b"x: {a: 1, 'a': 2}", "the key 'a' twice"),
     "merge": (b"<<: {a: 1}", "the config has a merge (<<)"),
@@ -101,6 +103,7 @@ def test_18_a_yaml_config_that_is_more_than_plain_values_is_refused_by_file_and_
     assert tells in str(caught.value)
     assert str(tmp_path / "config.yaml") in str(caught.value)
     assert len(str(caught.value)) < 1000
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_18_yaml_is_read_as_plain_values_and_a_date_is_text(tmp_path):

@@ -61,6 +61,13 @@ def test_all_layers_are_found_with_one_request_for_their_config_and_no_weights(h
         ("transcoder", f"model.layers.{n}.mlp.input", f"model.layers.{n}.mlp.output") for n in range(28)]
 
 
+def test_the_config_of_all_layers_is_read_once(tmp_path, watched):
+    folder = write_set(tmp_path / "set", layers=9)
+    with watched() as opened:
+        assert len(list_saes(folder)) == 9
+    assert len([line for line in opened if line.endswith("config.yaml")]) == 1
+
+
 @pytest.mark.parametrize("asked", [
     {"layer": 2}, {"site": "transcoder", "layer": 2}, {"site": "model.layers.2.mlp.input"},
     {"site": "layers.2.mlp.input"}], ids=str)
@@ -132,6 +139,12 @@ def test_a_config_that_lists_files_of_another_repository_is_refused_by_name_and_
     [entry] = list_saes(made.id, cache_dir=cache)
     assert "google/gemma-scope-2b-pt-transcoders" in entry.flaw
     assert not hub.seen("google")
+
+
+def test_a_set_without_its_layers_is_refused_as_empty(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    with pytest.raises(SaeFormatError, match=r"lists no transcoders, and there is no layer_N\.safetensors beside it"):
+        find_saes(tmp_path)
 
 
 def test_cross_layer_transcoders_are_listed_and_refused(repo, cache):
