@@ -38,6 +38,7 @@ def attach_saes(
     preload: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    allow_pickle: bool = False,
 ) -> Model:
     """Hook SAEs into a model and return the same model, with `model.saes`; weights are fetched at first use of a site.
 
@@ -48,12 +49,14 @@ def attach_saes(
         with an SAE, but without layer=, is of the layer that the SAE names.
     dtype: of the two matrices (thresholds and biases stay float32). name: to tell two SAEs at one site apart.
     preload: fetch all weights now. revision, token, cache_dir: as in huggingface_hub.
+    allow_pickle: read weights that PyTorch pickled, too, by its weights_only loader, which runs no code of the file.
 
     With nothing open the model computes exactly what it did before. Nothing is attached if anything is wrong: raises
     SiteError or SaeMismatchError (the model has no such place, or of another width; all of them at once),
-    SaeNotFoundError, SaeDownloadError, SaeFormatError, SaeAttachError.
+    SaeNotFoundError, SaeDownloadError, SaeFormatError, UnsafeFileError, SaeAttachError.
     """
-    select = {"width": width, "l0": l0, "revision": revision, "token": token, "cache_dir": cache_dir}
+    select = {"width": width, "l0": l0, "revision": revision, "token": token, "cache_dir": cache_dir,
+              "allow_pickle": allow_pickle}
     offers = list(_offers(model, source, layer, site, select, dtype))
     present = _present(model)
     root = _root(model) if present is None else present._model

@@ -62,6 +62,8 @@ Width = Annotated[str | None, typer.Option(help="Number of features: 16384, or a
 L0 = Annotated[str | None, typer.Option("--l0", help="Average number of active features; the nearest is taken "
                                                      "(default: canonical, nearest 100).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository of SAEs.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help=(
+    "Read SAEs that PyTorch pickled (.pt), too, by its weights_only loader, which runs no code of the file."))]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(
     help="Of the language model; auto: as stored.")]
 Device = Annotated[str | None, typer.Option(
@@ -113,7 +115,7 @@ def list_command(
 @app.command(epilog="Example: sae-hooks check google/gemma-2-2b google/gemma-scope-2b-pt-res --layer 12")
 def check(
     model: Model, source: Source, layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None,
-    revision: Revision = None, dtype: Dtype = "auto", device: Device = None,
+    revision: Revision = None, allow_pickle: AllowPickle = False, dtype: Dtype = "auto", device: Device = None,
     text: Annotated[Path | None, typer.Option(
         exists=True, dir_okay=False, help="UTF-8 text to measure on, paragraphs separated by empty lines. "
                                           "Default: four paragraphs of English prose.")] = None,
@@ -125,7 +127,7 @@ def check(
     """
     words = TEXT if text is None else _text_of(text)
     loaded, tokenizer = load_model(model, dtype, device)
-    attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision, allow_pickle)
     rows = _paragraphs(tokenizer, words, tokens, context_length(loaded, tokens))
     inputs = {key: values.to(loaded.device) for key, values in rows.items()}
     saes: Saes = loaded.saes
@@ -152,7 +154,7 @@ def generate(
     save_edits: Annotated[Path | None, typer.Option(
         dir_okay=False, help="Save the edits of this call as JSON.")] = None,
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
-    dtype: Dtype = "auto", device: Device = None,
+    allow_pickle: AllowPickle = False, dtype: Dtype = "auto", device: Device = None,
     tokens: Annotated[Literal["all", "prompt", "generated"], typer.Option(help="Which tokens to edit.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
     sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
@@ -168,7 +170,7 @@ def generate(
     loaded, tokenizer = load_model(model, dtype, device)
     if chat and not tokenizer.chat_template:
         raise typer.BadParameter(f"there is no chat template in {model}", param_hint="--chat")
-    attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision, allow_pickle)
     ask = _Asker(loaded, tokenizer, prompt, chat, {"max_new_tokens": max_new_tokens, "do_sample": sample}, seed)
     ask.check_length()
     with ExitStack() as stack:
@@ -189,6 +191,7 @@ def convert(
     source: Source, folder: Annotated[Path, typer.Argument(file_okay=False, help="Where to write; made if needed.")],
     layer: Annotated[list[int] | None, typer.Option(help="May be given several times. Default: every layer.")] = None,
     site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
+    allow_pickle: AllowPickle = False,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(
         help="Of the two matrices; thresholds and biases stay float32. Default: as they are.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace SAEs that are there.")] = False,
@@ -199,7 +202,8 @@ def convert(
     has to be converted by itself. Nothing appears there before all have been read and written.
     """
     with busy(f"looking at {source}"):
-        found = find_saes(source, layer=layer or None, site=site, width=width, l0=l0, revision=revision)
+        found = find_saes(source, layer=layer or None, site=site, width=width, l0=l0, revision=revision,
+                          allow_pickle=allow_pickle)
     targets = _targets(folder, found, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staged(folder) as stage:
@@ -212,10 +216,11 @@ def convert(
 
 
 def attach(loaded: Any, source: str, layer: int | None, site: str | None, width: str | None, l0: str | None,
-           revision: str | None) -> None:
+           revision: str | None, allow_pickle: bool) -> None:
     """attach_saes, with a spinner."""
     with busy(f"looking at {source}"):
-        attach_saes(loaded, source, layer=layer, site=site, width=width, l0=l0, revision=revision)
+        attach_saes(loaded, source, layer=layer, site=site, width=width, l0=l0, revision=revision,
+                    allow_pickle=allow_pickle)
 
 
 def _text_of(path: Path) -> str:

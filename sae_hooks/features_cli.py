@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from .cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, attach
+from .cli import L0, AllowPickle, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app, attach
 from .errors import DataError
 from .export import export_features
 from .find import find_features
@@ -39,7 +39,8 @@ def extract(
     text: Annotated[str, typer.Option(help=TEXTS)],
     out: Annotated[Path, typer.Option(file_okay=False, help="The store; a new folder.")],
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
-    dtype: Dtype = "auto", device: Device = None, field: Field = None, split: Split = "train",
+    allow_pickle: AllowPickle = False, dtype: Dtype = "auto", device: Device = None, field: Field = None,
+    split: Split = "train",
     roles: Annotated[list[str] | None, typer.Option(
         help="Of chats, only what these wrote. May be given several times.")] = None,
     values: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(
@@ -58,7 +59,7 @@ def extract(
     """
     rows = records(text, split=split)  # what is not there is told before a model is loaded for it
     loaded, tokenizer = load_model(model, dtype, device or own_device())
-    attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision, allow_pickle)
     with counting("extracting", how_many(text, split, limit)) as advance:
         store = export_features(
             loaded, rows, out, tokenizer=tokenizer, dtype=values, activations=activations, window=window,
@@ -77,14 +78,15 @@ def find(
     negative: Annotated[list[str], typer.Option(
         help="A text that has it not, or a file. May be given several times.")],
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
-    dtype: Dtype = "auto", device: Device = None, field: Field = None, window: Window = None,
+    allow_pickle: AllowPickle = False, dtype: Dtype = "auto", device: Device = None, field: Field = None,
+    window: Window = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Features to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the features that tell some texts from others: how surely (AUROC), how strongly, how densely they fire."""
     sides = [gathered(texts) for texts in (positive, negative)]
     loaded, tokenizer = load_model(model, dtype, device)
-    attach(loaded, source, layer, site, width, l0, revision)
+    attach(loaded, source, layer, site, width, l0, revision, allow_pickle)
     with busy("reading the texts"):
         found = find_features(loaded, *sides, tokenizer=tokenizer, n=n, window=window, field=field)
     if as_json:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from sae_hooks.cli import L0, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app
+from sae_hooks.cli import L0, AllowPickle, Device, Dtype, Layer, Model, Revision, Site, Source, Width, app
 from sae_hooks.errors import DataError, SaeNotFoundError, TrainingError
 from sae_hooks.features_cli import TEXTS, Split
 from sae_hooks.formats.selection import matches, placed, summary, wanted
@@ -146,6 +146,7 @@ def eval_command(
     model: Model, source: Source,
     text: Annotated[str, typer.Option(help=f"Held-out text. {TEXTS}")],
     layer: Layer = None, site: Site = None, width: Width = None, l0: L0 = None, revision: Revision = None,
+    allow_pickle: AllowPickle = False,
     every: Annotated[bool, typer.Option("--all", help="Every SAE that the options fit, not one a site.")] = False,
     tokens: Annotated[int, typer.Option(min=16, help=(
         "How many to measure on, the first of the texts as they are shuffled (the paper: 2,097,152)."))] = 100_000,
@@ -165,8 +166,8 @@ def eval_command(
     if plots is not None:
         _check_matplotlib()
     with busy(f"looking at {source}"):
-        found = _every(source, layer, site, width, revision) if every else find_saes(
-            source, layer=layer, site=site, width=width, l0=l0, revision=revision)
+        found = _every(source, layer, site, width, revision, allow_pickle) if every else find_saes(
+            source, layer=layer, site=site, width=width, l0=l0, revision=revision, allow_pickle=allow_pickle)
     loaded, tokenizer = load_model(model, dtype, device)
     saes = {_name(file, found): file.load().float() for file in progress(found, "loading")}
     facts = {name: facts_of(sae) for name, sae in saes.items()}
@@ -307,13 +308,16 @@ def _report_held_out(job: Job, model: Any, tokenizer: Any, saes: Mapping[str, SA
 
 # --- what eval asks for -----------------------------------------------------------------------------
 
-def _every(source: str, layer: int | None, site: str | None, width: str | None, revision: str | None) -> list[SaeFile]:
+def _every(source: str, layer: int | None, site: str | None, width: str | None, revision: str | None,
+           allow_pickle: bool) -> list[SaeFile]:
     """All SAEs that fit, whatever their L0."""
     want, at = wanted(layer, site, width, None), open_source(source, revision=revision)
     offered = [placed(entry, want) for entry in list_saes(source, revision=revision)]
-    found = [SaeFile(entry, at.where(entry.weights), at) for entry in offered if matches(entry, want)]
+    found = [SaeFile(entry, at.where(entry.weights), at, allow_pickle) for entry in offered if matches(entry, want)]
     if not found:
         raise SaeNotFoundError(f"{source} has nothing like that. It offers:\n{summary(offered)}")
+    for file in found:
+        file.check_allowed()
     return found
 
 

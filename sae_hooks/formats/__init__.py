@@ -12,7 +12,16 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..sae import SAE
-from . import circuit_tracer, gemma_scope, gemma_scope_2, llama_scope, saelens, sparsify
+from . import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llama_scope,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from .entry import Entry
 
 
@@ -45,7 +54,8 @@ class Dialect(Protocol):
 
 DIALECTS: dict[str, Dialect] = {
     "gemma_scope": gemma_scope, "gemma_scope_2": gemma_scope_2, "llama_scope": llama_scope, "saelens": saelens,
-    "sparsify": sparsify, "circuit_tracer": circuit_tracer,
+    "sparsify": sparsify, "circuit_tracer": circuit_tracer, "dictionary_learning": dictionary_learning,
+    "qwen_scope": qwen_scope,
 }
 
 __all__ = ["DIALECTS", "Dialect", "Entry"]

@@ -9,7 +9,8 @@ from ..errors import SaeFormatError
 
 LIMITS = {"d_in": 65_536, "d_out": 65_536, "d_sae": 2**24, "k": 2**24}
 # the same by other formats' names
-LIMITS |= {"d_model": 65_536, "num_latents": 2**24, "expansion_factor": 2**24, "top_k": 2**24}
+LIMITS |= {"d_model": 65_536, "activation_dim": 65_536, "dict_size": 2**24, "num_latents": 2**24,
+           "expansion_factor": 2**24, "top_k": 2**24}
 
 
 def text(config: Mapping[str, Any], key: str) -> str | None:

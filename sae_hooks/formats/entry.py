@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -33,6 +35,11 @@ class Entry:
     hook: str | None = None
     placed: bool = False
     flaw: str | None = None
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are a pickle, which is read on request only."""
+        return self.weights.endswith(PICKLES)
 
     @property
     def shown(self) -> str:
@@ -66,19 +73,21 @@ def told_width(label: str) -> int | None:
         return None
 
 
-def d_in_from_size(size: int, width: int | None, *, affine: bool = False, most_overhead: int = 2048) -> int | None:
+def d_in_from_size(size: int, width: int | None, *, affine: bool = False, vectors: int = 2,
+                   most_overhead: int = 2048) -> int | None:
     """d_in of a float32 SAE file of `size` bytes with d_out = d_in, or None if no d_in explains the size.
 
-    The file holds W_enc, W_dec (2 d F), b_enc, threshold (2 F), b_dec (d), with `affine` a skip (d d), and headers of
-    at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so for larger F the answer is unique. Nothing
+    The file holds W_enc, W_dec (2 d F), `vectors` such as b_enc and threshold (F each), b_dec (d), with `affine` a skip
+    (d d), and headers of at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so for larger F the
+    answer is unique. Nothing
     says that the file is what is assumed here: one of float64 looks like 2 d + 1, and no model has an odd width; a
     compressed one can look like any.
     """
     if width is None or 8 * width <= most_overhead:
         return None
-    per_unit, room = 2 * width + 1, size // 4 - 2 * width
+    per_unit, room = 2 * width + 1, size // 4 - vectors * width
     if room <= 0:
         return None
     d_in = (math.isqrt(per_unit * per_unit + 4 * room) - per_unit) // 2 if affine else room // per_unit
-    exact = 4 * (2 * d_in * width + 2 * width + d_in + (d_in * d_in if affine else 0))
+    exact = 4 * (2 * d_in * width + vectors * width + d_in + (d_in * d_in if affine else 0))
     return d_in if d_in > 0 and d_in % 2 == 0 and 0 <= size - exact <= most_overhead else None

@@ -19,7 +19,7 @@ from ..sae import SAE
 from .entry import Entry
 from .hook_names import SIDES, kind_of, layer_of, to_lens, to_site
 from .saelens_config import GENERATED, VERSION, Recipe, read
-from .weights import orient, positive, require, subtract_from_bias
+from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 LOOKS_FOR = "cfg.json with sae_weights.safetensors (SAELens)"
@@ -83,7 +83,8 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
         b_enc = subtract_from_bias(b_enc, t["b_dec"], W_enc)
     W_dec = t["W_dec"]
     if recipe.rescale:
-        W_enc, b_enc, W_dec = _fold_decoder_norms(W_enc, b_enc, W_dec)
+        # TopK picks the k largest of pre * |decoder row| then
+        W_enc, b_enc, W_dec = fold_decoder_norms(W_enc, b_enc, W_dec)
     if "scaling_factor" in t:
         W_dec = W_dec * t["scaling_factor"][:, None]
     return SAE(W_enc, b_enc, W_dec, t["b_dec"], threshold=threshold, k=recipe.k, site=entry.site,
@@ -166,22 +167,10 @@ def _tensors(tensors: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]
 
 
 def _encoder(t: Mapping[str, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W_enc, b_enc and threshold. A gated SAE with its tied encoder is a JumpReLU SAE (arXiv 2404.16014, section 3.2):
-    the gate x W + b_gate > 0 means that the magnitude exp(r) x W + b_mag is above b_mag - exp(r) b_gate."""
+    """W_enc, b_enc and threshold, None for TopK."""
     if recipe.architecture != "gated":
         if recipe.k is not None:
             return t["W_enc"], t["b_enc"], None
         zeros = torch.zeros_like(t["b_enc"], dtype=torch.float32)
         return t["W_enc"], t["b_enc"], positive(t["threshold"]) if "threshold" in t else zeros
-    wide = torch.promote_types(t["W_enc"].dtype, torch.float32)
-    gain = t["r_mag"].double().exp()
-    threshold = (t["b_mag"].double() - gain * t["b_gate"].double()).clamp(min=0)
-    return (t["W_enc"].double() * gain).to(wide), t["b_mag"], threshold.to(wide)
-
-
-def _fold_decoder_norms(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """TopK with rescale_acts_by_decoder_norm picks the k largest of pre * |decoder row|; rows of norm 0 never win."""
-    norms = W_dec.double().norm(dim=-1)
-    divisor = torch.where(norms > 0, norms, 1.0)
-    wide = torch.promote_types(W_dec.dtype, torch.float32)
-    return (W_enc * norms).to(wide), (b_enc * norms).to(wide), (W_dec / divisor[:, None]).to(wide)
+    return gated_as_threshold(t["W_enc"], t["b_gate"], t["b_mag"], t["r_mag"])

@@ -105,10 +105,10 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
     One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
-    that was given. One with a flaw is among them only where it alone is known to be at its site, or where nothing else
-    fits: what its config does not tell may be what was asked for. Raises SaeNotFoundError listing what is `offered`, or
-    where an L0 was given and of several SAEs none is known, SaeFormatError where the site of what is left cannot be
-    told, SaeMismatchError where several may be it.
+    that was given, and pickles where another file is. One with a flaw is among them only where it alone is known to be
+    at its site, or where nothing else fits: what its config does not tell may be what was asked for. Raises
+    SaeNotFoundError listing what is `offered`, or where an L0 was given and of several SAEs none is known,
+    SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
     """
     fitting = _readable([entry for entry in found if matches(entry, want)])
     flawed = [entry for entry in found if entry.flaw]
@@ -126,7 +126,7 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     missing = sorted(set(want.layers or ()) - {entry.layer for entry in fitting if entry.layer is not None})
     if missing:
         raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(offered)}")
-    fitting = _best_told(fitting, want, where)
+    fitting = _safest(_best_told(fitting, want, where))
     fitting = [entry for entry in fitting if want.path and entry.site == want.path] or fitting
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
@@ -143,6 +143,12 @@ def _readable(fitting: list[Entry]) -> list[Entry]:
     """Without those of unreadable configs, but for one that is alone at the site that its folder's name tells."""
     sound = {entry.site for entry in fitting if not entry.flaw}
     return [entry for entry in fitting if not entry.flaw or (entry.site and entry.site not in sound)]
+
+
+def _safest(fitting: list[Entry]) -> list[Entry]:
+    """Without the pickles of sites where another file is."""
+    safe = {entry.site for entry in fitting if not entry.pickled}
+    return [entry for entry in fitting if not entry.pickled or entry.site not in safe]
 
 
 def _best_told(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:

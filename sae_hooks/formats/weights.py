@@ -54,6 +54,27 @@ def subtract_from_bias(b_enc: Tensor, shift: Tensor, W_enc: Tensor) -> Tensor:
     return (b_enc.double() - shift.double() @ W_enc.double()).to(torch.promote_types(b_enc.dtype, torch.float32))
 
 
+def gated_as_threshold(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc, b_enc and threshold of the JumpReLU SAE that a gated SAE with its tied encoder is.
+
+    arXiv 2404.16014, section 3.2: the gate x W + b_gate > 0 means that the magnitude exp(r) x W + b_mag is above
+    b_mag - exp(r) b_gate.
+    """
+    wide = torch.promote_types(W_enc.dtype, torch.float32)
+    gain = r_mag.double().exp()
+    threshold = (b_mag.double() - gain * b_gate.double()).clamp(min=0)
+    return (W_enc.double() * gain).to(wide), b_mag, threshold.to(wide)
+
+
+def fold_decoder_norms(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same reconstruction with decoder rows of norm 1, by features that are so much larger; rows of norm 0 never
+    fire then."""
+    norms = W_dec.double().norm(dim=-1)
+    divisor = torch.where(norms > 0, norms, 1.0)
+    wide = torch.promote_types(W_dec.dtype, torch.float32)
+    return (W_enc * norms).to(wide), (b_enc * norms).to(wide), (W_dec / divisor[:, None]).to(wide)
+
+
 def positive(threshold: Tensor) -> Tensor:
     """The threshold with negative entries raised to 0: relu(pre) * (pre > t) is the same function for every t <= 0."""
     below = int((threshold < 0).sum())

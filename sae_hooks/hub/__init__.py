@@ -17,18 +17,19 @@ import torch
 
 from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from ..formats import DIALECTS, Entry, saelens
+from ..formats.entry import PICKLES
 from ..formats.hook_names import SIDES
 from ..formats.selection import choose, may_match, placed, wanted
 from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
+from .pickles import read_pickle
 from .safe_files import config_bytes, read_config, write_atomically
 from .sources import STATISTICS, LocalSource, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
 CARD = """---
 library_name: sae_hooks
 tags:
@@ -49,11 +50,13 @@ model = attach_saes(model, "{repo_id}")
 
 @dataclass(frozen=True)
 class SaeFile:
-    """One SAE of a source, not read yet. `where` is "owner/name@commit/path" or a local path."""
+    """One SAE of a source, not read yet. `where` is "owner/name@commit/path" or a local path. `allow_pickle`: whether
+    it may be read where its weights are a pickle."""
 
     entry: Entry
     where: str
     source: Source = field(repr=False, compare=False)
+    allow_pickle: bool = field(default=False, repr=False, compare=False)
 
     @torch.inference_mode(False)  # what is made in inference mode can never take part in training
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> SAE:
@@ -62,11 +65,12 @@ class SaeFile:
 
         Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
         """
+        self.check_allowed()
         dialect = DIALECTS[self.entry.dialect]
         config = _config(self.source, self.entry.config) if self.entry.config else None
         path = self.source.fetch(self.entry.weights)
         with _located(self.where):
-            tensors = read_tensors(path, dialect.NAMES)
+            tensors = (read_pickle if self.entry.pickled else read_tensors)(path, dialect.NAMES)
             check_finite(tensors)
             sae = dialect.build(self.entry, tensors, config)
             _check_promise(self.entry, sae)
@@ -77,6 +81,14 @@ class SaeFile:
         with _located(self.where):
             check_held(dict(sae.to(dtype).named_parameters()), dtype)
         return sae.to(device)
+
+    def check_allowed(self) -> None:
+        """Raise UnsafeFileError, which names the ways out, where the weights are a pickle and may not be read."""
+        if self.entry.pickled and not self.allow_pickle:
+            raise UnsafeFileError(
+                f"{self.where} is a pickle, which can run code when it is opened. allow_pickle=True reads it with "
+                "torch's weights_only loader, which runs no code of the file; `sae-hooks convert SOURCE FOLDER "
+                "--allow-pickle` writes it as safetensors, once and for all")
 
     def _read_statistics(self, sae: SAE) -> None:
         name = beside(self.entry)
@@ -107,12 +119,15 @@ class SaeTable(list[Entry]):
 
 def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, site: str | None = None,
               width: int | str | None = None, l0: float | str | None = None, revision: str | None = None,
-              token: str | None = None, cache_dir: str | Path | None = None) -> list[SaeFile]:
+              token: str | None = None, cache_dir: str | Path | None = None,
+              allow_pickle: bool = False) -> list[SaeFile]:
     """The SAEs that are meant, one for each site, in the order of layers. Reads no weights.
 
     No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"). Without `site`, Gemma Scope
     gives no embedding, Gemma Scope 2 the residual stream alone, and any other source all kinds that it has. `site`:
     "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins.
+    `allow_pickle`: whether weights that PyTorch pickled may be read, by its weights_only loader, which runs no code of
+    the file; where other files fit, they are meant. Without it, UnsafeFileError is raised where a pickle is meant.
     Raises SaeNotFoundError listing what there is, SaeDownloadError; SaeFormatError for a config that cannot be read, if
     that SAE is meant or nothing else fits. Where all layers are meant, one that does not tell its site is left out with
     a warning.
@@ -130,22 +145,26 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     for entry in chosen:
         if entry.flaw:
             _refine(at, entry, _config)  # raises it
+            raise SaeFormatError(f"{at.where(entry.weights)}: {entry.flaw}")  # unless its name alone told it
     left = [entry.flaw for entry in told if entry.flaw]
     if left and want.layers is None and want.path is None:
         warnings.warn(f"{len(left)} left out, as its config cannot be read: {left[0]}", SaeWarning, stacklevel=2)
-    return [SaeFile(_measured(at, entry), at.where(entry.weights), at) for entry in chosen]
+    files = [SaeFile(_measured(at, entry), at.where(entry.weights), at, allow_pickle) for entry in chosen]
+    for file in files:
+        file.check_allowed()
+    return files
 
 
 def load_sae(source: str | Path, *, layer: int | None = None, site: str | None = None,
              width: int | str | None = None, l0: float | str | None = None, revision: str | None = None,
              token: str | None = None, cache_dir: str | Path | None = None, device: str | torch.device = "cpu",
-             dtype: torch.dtype | None = None) -> SAE:
+             dtype: torch.dtype | None = None, allow_pickle: bool = False) -> SAE:
     """Load the one SAE that the selectors mean; see find_saes and SaeFile.load for what they mean and raise.
 
     Raises SaeMismatchError listing them if several sites fit.
     """
     found = find_saes(source, layer=layer, site=site, width=width, l0=l0, revision=revision, token=token,
-                      cache_dir=cache_dir)
+                      cache_dir=cache_dir, allow_pickle=allow_pickle)
     if len(found) > 1:
         raise SaeMismatchError(f"{source} has {len(found)} SAEs that fit; give layer= or site=:\n"
                                + "\n".join(f"  {file.entry.site}  {file.entry.weights}" for file in found[:40]))
@@ -240,8 +259,10 @@ def _offered(at: Source) -> list[Entry]:
         return found
     pickles = [path for path in files if path.endswith(PICKLES)]
     if pickles:
-        raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened; "
-                              "sae_hooks reads none. Convert it to safetensors (there is no allow_pt here)")
+        read = " and ".join(dialect.LOOKS_FOR for dialect in DIALECTS.values() if ".pt" in dialect.LOOKS_FOR)
+        raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened, of no "
+                              f"format that is known. With allow_pickle=True sae_hooks reads {read}; convert others to "
+                              "safetensors")
     known = ", ".join(dialect.LOOKS_FOR for dialect in DIALECTS.values())
     raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for {known}; found {_few(files)}" + _unfollowed(at))
 
@@ -284,7 +305,7 @@ def _config(at: Source, name: str) -> dict[str, Any]:
 
 def _measured(at: Source, entry: Entry) -> Entry:
     """A local entry with the sizes that its file's header proves."""
-    if not at.local:
+    if not at.local or entry.pickled:
         return entry
     path = at.fetch(entry.weights)
     with _located(at.where(entry.weights)):

@@ -50,8 +50,8 @@ def read_shapes(path: Path) -> Shapes:
     """The shapes of the tensors in a weight file, from its headers alone. Raises as read_tensors does."""
     with open_regular(path) as file:
         if path.suffix == ".npz":
-            with _zip_errors(), zipfile.ZipFile(file) as archive:
-                return {_name(m): _npy_header(archive, m)[0] for m in _members(archive, file)}
+            with zip_errors(), zipfile.ZipFile(file) as archive:
+                return {_name(m): _npy_header(archive, m)[0] for m in zip_members(archive, file)}
         return {name: tuple(info["shape"]) for name, info in _safetensors_header(file)[0].items()}
 
 
@@ -150,7 +150,7 @@ def _check_layout(header: dict[str, dict[str, Any]], data_size: int) -> None:
 
 def _read_safetensors(file: IO[bytes], allowed: Collection[str]) -> dict[str, Tensor]:
     header, data_at = _safetensors_header(file)
-    _check_names(header, allowed)
+    check_names(header, allowed)
     tensors = {}
     for name, info in header.items():
         start, stop = info["data_offsets"]
@@ -166,9 +166,9 @@ def _read_safetensors(file: IO[bytes], allowed: Collection[str]) -> dict[str, Te
 
 
 def _read_npz(file: IO[bytes], allowed: Collection[str]) -> dict[str, Tensor]:
-    with _zip_errors(), zipfile.ZipFile(file) as archive:
-        members = _members(archive, file)
-        _check_names([_name(member) for member in members], allowed)
+    with zip_errors(), zipfile.ZipFile(file) as archive:
+        members = zip_members(archive, file)
+        check_names([_name(member) for member in members], allowed)
         for member in members:
             shape, dtype, header = _npy_header(archive, member)
             needed = header + math.prod(shape) * dtype.itemsize
@@ -178,7 +178,7 @@ def _read_npz(file: IO[bytes], allowed: Collection[str]) -> dict[str, Tensor]:
         return {_name(member): _read_npy(archive, member) for member in members}
 
 
-def _members(archive: zipfile.ZipFile, file: IO[bytes]) -> list[zipfile.ZipInfo]:
+def zip_members(archive: zipfile.ZipFile, file: IO[bytes]) -> list[zipfile.ZipInfo]:
     """The members, checked by the zip's directory alone. Raises UnsafeFileError."""
     members, size = archive.infolist(), os.fstat(file.fileno()).st_size
     if len(members) > MOST_TENSORS:
@@ -226,17 +226,19 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
 
 
 @contextlib.contextmanager
-def _zip_errors() -> Iterator[None]:
-    """Everything that a broken npz file makes zipfile and numpy raise, as SaeFormatError."""
+def zip_errors(what: str = "npz file") -> Iterator[None]:
+    """Everything that a broken file makes zipfile and numpy raise, as SaeFormatError."""
     try:
         yield
     except SaeFormatError:
         raise
     except BROKEN as error:
-        raise SaeFormatError(f"not a readable npz file ({error or type(error).__name__}); download it again") from error
+        told = error or type(error).__name__
+        raise SaeFormatError(f"not a readable {what} ({told}); download it again") from error
 
 
-def _check_names(names: Collection[str], allowed: Collection[str]) -> None:
+def check_names(names: Collection[str], allowed: Collection[str]) -> None:
+    """Raise UnsafeFileError naming those that are not allowed."""
     foreign = [name for name in names if name not in allowed]
     if foreign:
         raise UnsafeFileError(f"tensors that this format does not know: {', '.join(map(repr, foreign[:10]))} "
