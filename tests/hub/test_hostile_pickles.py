@@ -127,6 +127,13 @@ def test_files_are_read_into_memory_whatever_the_defaults_of_torch_are(tmp_path)
     assert found["W_enc"].dtype == torch.float32
 
 
+def test_what_was_saved_on_a_gpu_is_read_into_memory(tmp_path):
+    path = rewritten(saved(tmp_path, tensors()), lambda name, raw: raw.replace(b"\x03\0\0\0cpu", b"\x06\0\0\0cuda:7"))
+    found = read(path)
+    assert torch.equal(found["W_enc"], tensors()["W_enc"])
+    assert found["W_enc"].device.type == "cpu"
+
+
 def test_what_is_read_does_not_change_with_the_file(tmp_path):
     path = saved(tmp_path, tensors())
     found = read(path)
