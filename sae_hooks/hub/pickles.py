@@ -38,8 +38,9 @@ def read_pickle(path: Path, allowed: Collection[str]) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote of one flat dict, each on its own, contiguous, on the CPU, in its own
     dtype; a number in it is a tensor without dimensions. `allowed`: the names that it may hold.
 
-    Raises SaeNotFoundError, UnsafeFileError (calls, bombs, foreign names) before torch opens it, SaeFormatError for
-    broken files, other dicts, and everything else that torch.load raises.
+    Raises SaeNotFoundError; UnsafeFileError for calls and bombs, before torch opens it, and for foreign names and views
+    that repeat their values, before they are copied; SaeFormatError for broken files, other content, and everything
+    else that torch.load raises.
     """
     with open_regular(path) as file:
         _check_zip(file)
