@@ -14,7 +14,8 @@ from typing import Any
 from sae_hooks.errors import SaeFormatError
 from sae_hooks.formats import Entry
 from sae_hooks.hub import list_saes
-from sae_hooks.hub.safe_files import read_config, write_atomically
+from sae_hooks.hub.parsing import read_config
+from sae_hooks.hub.safe_files import write_atomically
 
 from .report import EvaluationReport, SaeReport, read_report
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sae_hooks.errors import CheckpointError, SaeError, SaeFormatError, SaeWarning, TrainingError
-from sae_hooks.hub.safe_files import alive, check_contained, open_regular, parse_json, sync_folder
+from sae_hooks.hub.parsing import parse_json
+from sae_hooks.hub.safe_files import alive, check_contained, open_regular, sync_folder
 from sae_hooks.hub.weight_files import DTYPES, MOST_HEADER, MOST_TENSORS, read_tensors
 
 Value = Tensor | int | float | str | bool | None

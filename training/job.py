@@ -22,7 +22,8 @@ from sae_hooks.documents import prefix_ids
 from sae_hooks.errors import CheckpointError, DataError, SaeError
 from sae_hooks.formats.saelens import CONFIG
 from sae_hooks.hub import load_sae
-from sae_hooks.hub.safe_files import json_bytes, parse_json, write_atomically
+from sae_hooks.hub.parsing import json_bytes, parse_json
+from sae_hooks.hub.safe_files import write_atomically
 from sae_hooks.identity import sae_digest
 from sae_hooks.processes import launched_share
 from sae_hooks.sae import SAE

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_hooks.errors import DataError, SaeFormatError
-from sae_hooks.hub.safe_files import parse_json, write_atomically
+from sae_hooks.hub.parsing import parse_json
+from sae_hooks.hub.safe_files import write_atomically
 from sae_hooks.sae import SAE
 
 from .metrics import Evaluation, FrequencyHistogram

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..errors import SaeFormatError
 
-LIMITS = {"d_in": 65_536, "d_out": 65_536, "d_sae": 2**24, "k": 2**24}
-# the same by other formats' names
-LIMITS |= {"d_model": 65_536, "activation_dim": 65_536, "dict_size": 2**24, "num_latents": 2**24,
-           "expansion_factor": 2**24, "top_k": 2**24}
+WIDEST, MOST = 65_536, 2**24
+LIMITS = {"d_in": WIDEST, "d_model": WIDEST, "activation_dim": WIDEST, "d_out": WIDEST, "d_sae": MOST,
+          "dict_size": MOST, "num_latents": MOST, "expansion_factor": MOST, "k": MOST, "top_k": MOST}
 
 
 def text(config: Mapping[str, Any], key: str) -> str | None:

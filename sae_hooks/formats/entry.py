@@ -79,9 +79,8 @@ def d_in_from_size(size: int, width: int | None, *, affine: bool = False, vector
 
     The file holds W_enc, W_dec (2 d F), `vectors` such as b_enc and threshold (F each), b_dec (d), with `affine` a skip
     (d d), and headers of at most `most_overhead` bytes. One more unit of d_in costs 8 F bytes, so for larger F the
-    answer is unique. Nothing
-    says that the file is what is assumed here: one of float64 looks like 2 d + 1, and no model has an odd width; a
-    compressed one can look like any.
+    answer is unique. Nothing says that the file is what is assumed here: one of float64 looks like 2 d + 1, and no
+    model has an odd width; a compressed one can look like any.
     """
     if width is None or 8 * width <= most_overhead:
         return None

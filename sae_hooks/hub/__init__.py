@@ -23,8 +23,9 @@ from ..formats.selection import choose, may_match, placed, wanted
 from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
 from .failures import hub_errors, persist
+from .parsing import config_bytes, read_config
 from .pickles import read_pickle
-from .safe_files import config_bytes, read_config, write_atomically
+from .safe_files import write_atomically
 from .sources import STATISTICS, LocalSource, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes

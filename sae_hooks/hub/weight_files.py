@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SaeFormatError, UnsafeFileError
-from .safe_files import open_regular, parse_json
+from .parsing import parse_json
+from .safe_files import open_regular
 
 MOST_HEADER = 2**20
 MOST_TENSORS = 1000

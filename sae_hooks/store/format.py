@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SaeFormatError, SaeNotFoundError
-from ..hub.safe_files import open_regular, parse_json
+from ..hub.parsing import parse_json
+from ..hub.safe_files import open_regular
 
 FORMAT = "sae_hooks.features/1"
 EXPORT, MANIFEST, TOKENIZER = "export.json", "manifest.json", "tokenizer"

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import SaeFormatError
-from ..hub.safe_files import open_regular, parse_json
+from ..hub.parsing import parse_json
+from ..hub.safe_files import open_regular
 from .format import FORMAT, MOST_INDEX_U16, content_checksum, naming, token_checksum
 
 MOST_HEADER = 2**20  # bytes

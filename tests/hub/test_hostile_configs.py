@@ -16,7 +16,7 @@ from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError,
 from sae_hooks.formats import gemma_scope
 from sae_hooks.formats.entry import d_in_from_size
 from sae_hooks.hub import find_saes, list_saes, load_sae, save_pretrained
-from sae_hooks.hub.safe_files import read_config
+from sae_hooks.hub.parsing import read_config
 from sae_hooks.hub.weight_files import check_finite, read_tensors
 
 SITE = "model.layers.1.output"
