@@ -61,9 +61,10 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
     d_sae, d_out = named["b_enc"].numel(), named["b_dec"].numel()
     t = orient(named, {"W_enc": (named["W_enc"].numel() // max(d_sae, 1), d_sae), "W_dec": (d_sae, d_out),
                        "b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)})
-    # transformers 5 multiplies by sqrt(d) inside embed_tokens; the embedding SAEs were trained on the bare rows
-    scale = d_out**0.5 if entry.kind == "embedding" else 1.0
-    return SAE(t["W_enc"] / scale, t["b_enc"], t["W_dec"] * scale, t["b_dec"] * scale,
+    if entry.kind == "embedding":
+        # transformers 5 multiplies by sqrt(d) inside embed_tokens; these SAEs were trained on the bare rows
+        t |= {"W_enc": t["W_enc"] / d_out**0.5, "W_dec": t["W_dec"] * d_out**0.5, "b_dec": t["b_dec"] * d_out**0.5}
+    return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"],
                threshold=positive(t["threshold"]), site=entry.site, site_out=entry.site_out,
                metadata={k: v for k, v in {"model_name": entry.model_name, "l0": entry.l0}.items() if v is not None})
 
