@@ -77,18 +77,19 @@ _Part = tuple[SparseFeatures, int, Tensor, Generation | None]  # of a pass, with
 
 class _Documents:
     """Numbers documents: a new batch for each plain pass and each call of generate; a cache continued keeps its
-    numbers."""
+    numbers, and so does a module that a pass runs again."""
 
     def __init__(self) -> None:
         self.base, self.rows, self.generation = 0, 0, None  # type: int, int, Generation | None
+        self.last: Pass | None = None
 
     def first(self, now: Pass, x: Tensor) -> int:
         rows = now.shape[0] if now.shape else x.shape[0] if x.ndim > 2 else 1
         fresh = int(now.start) == 0
         same = now.generation is self.generation if now.generation is not None else not fresh and rows == self.rows
-        if not same:
+        if not same and now is not self.last:
             self.base += self.rows
-        self.rows, self.generation = rows, now.generation
+        self.rows, self.generation, self.last = rows, now.generation, now
         return self.base
 
 

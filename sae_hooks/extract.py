@@ -302,8 +302,10 @@ class _Collector:
         self._x: list[Tensor] = []
 
     def take(self, x: Tensor, chosen: Tensor) -> None:
-        """Encode what is chosen of the rows of x (..., d_in)."""
-        assert self.batch is not None
+        """Encode what is chosen of the rows of x (..., d_in). Raises SaeAttachError for a second x of a batch."""
+        if self.batch is None:
+            raise SaeAttachError(f"a forward pass runs {self.slot.read} more than once; which run an extraction should "
+                                 "take cannot be told. Capture it: a capture has the last one")
         rows = self.batch.rows.to(x.device).flatten()
         mine, ordinary = x.flatten(0, -2)[rows], chosen.flatten()[rows]
         if not bool(mine.sum(dtype=torch.float64).isfinite()):

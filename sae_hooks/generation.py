@@ -16,7 +16,7 @@ GUIDED = (
     "classifier-free guidance (guidance_scale) computes a second text beside each row, whose positions cannot be told; "
     "generate without it, or close what is open"
 )
-CACHES = ("past_key_values", "cache_params", "state", "mems")  # as transformers' models call them
+CACHES = ("past_key_values", "past_buckets_states", "cache_params", "state", "mems")  # as models call them
 
 
 @dataclass(eq=False)

@@ -21,13 +21,16 @@ KINDS = ("resid_post", "mlp_out", "attn_out", "transcoder")
 OTHER_TOWERS = re.compile(r"vision|visual|audio|image|encoder(?!_decoder)")
 LAYER_LISTS = ("layers", "h", "blocks")
 
-# Within a decoder layer, first match wins. What a norm after the sub-layer gives (Gemma 2 and 3) is what the residual
-# stream receives.
-MLP_OUT = ("post_feedforward_layernorm.output", "mlp.dense_4h_to_h.output", "mlp.output", "fc2.output")
-MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "fc1.input")
+# Within a decoder layer, first match wins. What a norm after the sub-layer gives (Gemma 2 and 3, OLMo 2, GLM-4) is what
+# the residual stream receives.
+MLP_OUT = ("post_feedforward_layernorm.output", "post_mlp_layernorm.output", "post_ffn_norm.output",
+           "mlp.dense_4h_to_h.output", "mlp.output", "feed_forward.output", "fc2.output")
+MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "feed_forward.input", "fc1.input")
 ATTN_OUT = (
     "self_attn.o_proj.input",
     "attn.c_proj.input",
+    "attn.out_proj.input",
+    "attn.attention.out_proj.input",
     "attention.dense.input",
     "self_attn.out_proj.input",
     "self_attention.dense.input",
@@ -150,7 +153,7 @@ def width(model: nn.Module, site: Site) -> int | None:
         return weight.shape[-1]
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's transposed linear layer
         return weight.shape[0 if site.side == "input" else 1]
-    in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp)?$", site.path)
+    in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp|\.feed_forward)?$", site.path)
     hidden = getattr(text_config(model), "hidden_size", None)  # of the text model, not of a tower beside it
     return hidden if in_layer and not OTHER_TOWERS.search(site.path) and isinstance(hidden, int) else None
 

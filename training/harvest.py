@@ -67,15 +67,24 @@ def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: 
 
     A site ends in .output, .input or .normalized (sites.py). ids and mask may lie anywhere; each x lies where the model
     computes it, which differs between sites of a model that accelerate has spread over devices. The model runs in eval
-    mode, without dropout, and is left as it was. Raises SiteError for a site that it has not, or that a forward pass
-    does not reach.
+    mode, without dropout, and is left as it was. Raises SiteError for a site that it has not, that a forward pass does
+    not reach, or whose activations are not one a token.
     """
     where = input_device(model, ids.device)
     with eval_mode(model), uncompiled(), _recording(model, sites) as seen, suppress(DeepEnoughError):
         model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False)
     if unmet := [site for site in sites if site not in seen]:
         raise SiteError(f"a forward pass of {type(model).__name__} on text never reaches {', '.join(unmet)}")
-    return {site: seen[site] for site in sites}
+    return {site: _one_a_token(seen[site], ids, site) for site in sites}
+
+
+def _one_a_token(x: Tensor, ids: Tensor, site: str) -> Tensor:
+    """x (batch, length, d_in), also where a module gets (batch * length, d_in), as experts do. Raises SiteError for
+    others: Gemma 3n's layers give four streams, DeepSeek-V4's four a token."""
+    if x.shape[:-1] in (ids.shape, (ids.numel(),)):
+        return x.reshape(*ids.shape, x.shape[-1])
+    raise SiteError(f"{site} gives activations {tuple(x.shape)} for tokens {tuple(ids.shape)}; a training needs one a "
+                    "token. Train at a site inside the layer that gives these, such as its MLP's output")
 
 
 @contextmanager
@@ -93,6 +102,8 @@ def _recording(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, Ten
 
 def _record_at(place: Site, name: str, seen: dict[str, Tensor], wanted: int) -> RemovableHandle:
     def note(x: Tensor) -> None:
+        if name in seen:
+            raise SiteError(f"a forward pass runs {name} more than once; on which run to train cannot be told")
         seen[name] = x.detach()
         if len(seen) == wanted:
             raise DeepEnoughError

@@ -9,7 +9,14 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from sae_hooks.errors import DataError, SiteError
 from sae_hooks.training.harvest import harvest, measure_sites, padded_batches, site_activations
@@ -242,3 +249,41 @@ def test_a_compiled_model_gives_the_same_and_stops_as_early(model_with_a_sink_to
 
     assert torch.equal(found[SITE], expected[SITE])
     assert ran == []
+
+
+def test_an_expert_that_gets_all_tokens_in_one_row_gives_each_its_own() -> None:
+    site, (ids, mask) = "model.layers.1.mlp.shared_expert.output", next(iter(padded_batches(WINDOWS)))
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=40, num_hidden_layers=2, **heads, **sizes))
+    given: list[torch.Tensor] = []
+    hook = model.model.layers[1].mlp.shared_expert.register_forward_hook(lambda m, args, out: given.append(out))
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    hook.remove()
+
+    found = harvest(model.eval(), {site: 1e9}, WINDOWS, special_ids=[0, BOS])[site]
+
+    assert given[0].shape == (ids.numel(), 16)
+    rows = [row for row, token in zip(given[0], ids.flatten(), strict=True) if token not in (0, BOS)]
+    torch.testing.assert_close(found, torch.stack(rows).bfloat16())
+
+
+def test_a_layer_that_gives_several_streams_is_refused_where_a_training_would_mix_them() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    model = Gemma3nForCausalLM(Gemma3nTextConfig(
+        vocab_size=40, vocab_size_per_layer_input=40, num_hidden_layers=2, num_kv_shared_layers=0,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0, 0.0], **sizes)).eval()
+    with pytest.raises(SiteError, match=r"gives activations \(4, 4, 5, 16\) for tokens \(4, 5\).*inside the layer"):
+        measure_sites(model, ["model.layers.0.output"], WINDOWS, [0, BOS])
+    inside = "model.layers.0.mlp.output"
+    assert measure_sites(model, [inside], WINDOWS, [0, BOS])[inside].d_in == 16
+
+
+def test_a_layer_that_runs_again_before_all_sites_were_met_is_refused(
+        model_with_a_sink_token: LlamaForCausalLM) -> None:
+    model = model_with_a_sink_token
+    model.model.layers[2] = model.model.layers[1]  # shared, as ALBERT's are
+    with pytest.raises(SiteError, match=r"runs model\.layers\.1\.output more than once"):
+        measure_sites(model, [SITE, "model.norm.output"], WINDOWS, [0, BOS])

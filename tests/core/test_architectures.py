@@ -1,0 +1,153 @@
+"""Architectures that do something of their own: what the aliases mean there, layers that run again, other caches."""
+
+import pytest
+import torch
+import transformers
+from core.generating import LEFT, NEW, PROMPTS, STRENGTH, WIDTH
+from core.reference import array, encode, ordinary, seen
+from core.steering import IDS, MASK, SITE
+from tiny_models import HIDDEN, LLAMA_LIKE, POSITIONS, VOCABULARY, make_model, make_sae
+
+from sae_hooks import SaeAttachError, attach_saes, extract_features, sites
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None}
+LAYERS = {"num_hidden_layers": 2}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MLA = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+       "v_head_dim": 8}
+MAMBA = {"mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 4}
+GPT = {"n_embd": HIDDEN, "n_head": 4, "n_layer": 2, "n_positions": POSITIONS, "rotary_dim": 4}
+# architecture -> its own settings, beside the Llama's
+FAMILIES = {
+    "Gemma": {"head_dim": 8},
+    "Cohere": {}, "Cohere2": {}, "Olmo": {}, "Olmo2": {}, "Olmo3": {}, "Granite": {}, "SmolLM3": {}, "StableLm": {},
+    "Starcoder2": {}, "Phi": {}, "Glm": {"head_dim": 8}, "Glm4": {"head_dim": 8}, "Exaone4": {}, "Ministral3": {},
+    "Nemotron": {"head_dim": 8}, "Llama4": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 16},
+    "Mixtral": {"num_local_experts": 4}, "GptOss": {"num_local_experts": 4, "head_dim": 8},
+    "Qwen2Moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "Qwen3Moe": {**EXPERTS, "num_experts": 4, "head_dim": 8}, "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV2": {**EXPERTS, **MLA, "n_routed_experts": 4, "first_k_dense_replace": 0},
+    "DeepseekV3": {**EXPERTS, **MLA, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+    "Glm4Moe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+                "head_dim": 8},
+    "Falcon": {"ffn_hidden_size": 64}, "GPTJ": GPT, "CodeGen": GPT,
+    "GPTNeo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "Bamba": {**MAMBA, "attn_layer_indices": [1]}, "FalconH1": {**MAMBA, "mamba_d_ssm": 64},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Qwen3Next": {**EXPERTS, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16,
+                  "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+                  "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+}
+CONFIGS = {"Llama4": "Llama4TextConfig"}
+
+
+def make(name, **settings):
+    """A causal language model in float32 of small random weights, in eval mode."""
+    config = getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**{**TOKENS, **settings})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def shifted(model, site, change, *places):
+    """By how much (batch, tokens, d) what modules give changes where `change` is added at a site."""
+    def add(value):
+        return sites.write(value, sites.read(value, site.key) + change, site.key)
+
+    def before(module, args, kwargs):
+        place = sites.find_input(args, kwargs, site.key)
+        return sites.replace_input(args, kwargs, place, add(sites.input_at(args, kwargs, place)))
+
+    given = []
+    for adding in (False, True):
+        hooks = []
+        if adding and site.side == "output":
+            hooks.append(site.module.register_forward_hook(lambda module, args, output: add(output)))
+        elif adding:
+            hooks.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
+        with seen(model, *places) as lists:
+            model(input_ids=IDS, attention_mask=MASK)
+        for hook in hooks:
+            hook.remove()
+        given.append(lists[0])
+    return given[1] - given[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_aliases_are_what_the_mlp_adds_what_it_reads_and_what_the_attention_projects(name):
+    model = make(name, **{**LLAMA_LIKE, **LAYERS, **FAMILIES[name]})
+    layer = sites.alias(model, 1)[0].removesuffix(".output")
+    places = {kind: [sites.resolve(model, site) for site in sites.alias(model, 1, kind)] for kind in sites.KINDS}
+
+    added, change = places["mlp_out"][0], torch.linspace(-1, 1, HIDDEN)
+    torch.testing.assert_close(shifted(model, added, change, f"{layer}.output"), change.expand(*IDS.shape, -1),
+                               rtol=1e-3, atol=1e-3)
+    heads = places["attn_out"][0]
+    change = torch.linspace(-1, 1, heads.module.in_features)
+    torch.testing.assert_close(shifted(model, heads, change, f"{heads.path.rpartition('.')[0]}.output"),
+                               (change @ heads.module.weight.T).expand(*IDS.shape, -1), rtol=1e-3, atol=1e-3)
+    read, written = places["transcoder"]
+    assert written.key == added.key
+    mlp = model.get_submodule(f"{layer}.{'feed_forward' if 'feed_forward' in read.path else 'mlp'}")
+    assert read.module is mlp or "norm" in read.path
+    for kind in ("resid_post", "mlp_out"):
+        assert sites.width(model, places[kind][0]) == HIDDEN
+
+
+def sharing_a_layer():
+    """A model that runs its second layer twice in a pass, as ALBERT and HRM do."""
+    model = make_model("Llama")
+    model.model.layers[2] = model.model.layers[1]
+    return model
+
+
+def test_a_layer_that_a_pass_runs_again_is_one_document_a_row_with_what_it_gave_last():
+    model, inputs = sharing_a_layer(), {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+    with seen(model, SITE) as runs:
+        model(**inputs)
+    sae = make_sae(HIDDEN, 64, SITE, like=runs[-1])
+    attach_saes(model, sae)
+    with model.saes.capture() as captured:
+        model(**inputs)
+        model(input_ids=IDS[1:], use_cache=False)
+    got = captured[SITE]
+    assert got.doc_id.unique().tolist() == list(range(5))
+    acts = torch.from_numpy(encode(sae, array(runs[-1])))
+    acts[~ordinary(IDS)] = 0
+    torch.testing.assert_close(got[got.doc_id < 3].to_dense().double(), acts[MASK.bool()], rtol=1e-4, atol=1e-4)
+    assert len(runs) == 2
+
+
+def test_an_extraction_that_meets_a_layer_again_before_it_has_all_is_refused():
+    model = attach_saes(sharing_a_layer(), make_sae(HIDDEN, 64, SITE))
+    attach_saes(model, make_sae(HIDDEN, 64, "model.norm.output"))
+    with pytest.raises(SaeAttachError, match=r"runs model\.layers\.1\.output more than once.*capture"):
+        list(extract_features(model, [{"input_ids": PROMPTS[0]}]))
+
+
+def test_a_cache_by_another_name_counts_as_one():
+    settings = {"attn_layers": ["local"] * 2, "hidden_size": HIDDEN, "feed_forward_size": 64, "num_attention_heads": 2,
+                "attention_head_size": 16, "axial_pos_embds": False, "max_position_embeddings": POSITIONS,
+                "local_attn_chunk_length": 16, "is_decoder": True, "hidden_dropout_prob": 0.0}
+
+    def call(**mode):
+        return model.generate(LEFT[1:2], max_new_tokens=NEW, do_sample=False, **mode)
+
+    model, sae = make("Reformer", **settings), make_sae(HIDDEN, 64, "reformer.encoder.layers.0.output")
+    del sae.metadata["typical_norm"]
+    attach_saes(model, sae)
+    for tokens, count in {"all": WIDTH + NEW - 1, "prompt": WIDTH, "generated": NEW - 1}.items():
+        with model.saes.add({3: STRENGTH}, tokens=tokens, special_tokens=True) as edit:
+            text = call().tolist()
+        assert edit.positions_edited == count
+        with model.saes.add({3: STRENGTH}, tokens=tokens, special_tokens=True):
+            assert call(use_cache=False).tolist() == text
+    with model.saes.capture() as captured:
+        text = call()[0].tolist()
+    (got,) = captured.values()
+    assert got.position.tolist() == list(range(WIDTH + NEW - 1))
+    assert got.token_id.tolist() == text[:-1]
