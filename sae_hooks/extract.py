@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .documents import Document, Window, tokenised, windows
 from .errors import DataError, SaeAttachError
-from .forward import DeepEnoughError, eval_mode, input_device, uncompiled
+from .forward import DeepEnoughError, eval_mode, input_device, reads_text, uncompiled
 from .runtime import Slot, WatchRequest
 from .saes import Saes
 from .sites import context_length
@@ -136,10 +136,13 @@ class Extractor:
 
     def __init__(self, model: nn.Module, sites: Sequence[str] | None = None, *, activations: bool = False,
                  special_tokens: bool = False, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
-        """Raises SaeAttachError if model has no SAEs or takes no input_ids, EditError if sites names an SAE that it has
-        not."""
+        """Raises SaeAttachError if model has no SAEs or takes no input_ids, or a site is of a decoder beside an
+        encoder, EditError if sites names an SAE that it has not."""
         self.saes, self.takes = _attached(model), _taken(model)
         self.model, self.slots = model, _slots(self.saes, sites)
+        if other := [str(slot.read) for slot in self.slots if not reads_text(model, slot.read.module)]:
+            raise SaeAttachError(f"extraction gives {type(model).__name__} input_ids alone, which its encoder reads; "
+                                 f"{', '.join(other)} reads a text of its own. Capture it in a call with both")
         self.activations, self.special_tokens, self.tokens = activations, special_tokens, tokens_per_batch
 
     @torch.no_grad()

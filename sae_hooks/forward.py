@@ -23,6 +23,15 @@ def input_device(model: nn.Module, default: torch.device) -> torch.device | str 
     return next((p.device for p in model.parameters() if p.device.type != "meta"), default)
 
 
+def reads_text(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module reads the tokens of input_ids. A decoder beside an encoder does not: some models shift input_ids
+    for it, others ask for decoder_input_ids."""
+    encoder: Any = getattr(model, "get_encoder", None)
+    if encoder is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return True
+    return any(part is module for part in encoder().modules())
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """Run compiled models as they were written: a graph would not let a hook end the pass. Costs nothing where no
     compiler was imported."""

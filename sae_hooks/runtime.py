@@ -324,5 +324,6 @@ def fit(chosen: Tensor, now: Pass, x: Tensor, where: str) -> Tensor:
         return whole.flatten()
     raise SaeAttachError(
         f"{where} gives activations {tuple(x.shape)} for tokens {tuple(whole.shape)}; positions cannot be told "
-        'there. Pass special_tokens=True and tokens="all" to touch all of them'
+        "there. Attach inside the module, where each token has one activation, or edit without padding and with "
+        'special_tokens=True and tokens="all", which touches all of them'
     )

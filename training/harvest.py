@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sae_hooks.errors import DataError, SiteError
-from sae_hooks.forward import DeepEnoughError, eval_mode, input_device, uncompiled
+from sae_hooks.forward import DeepEnoughError, eval_mode, input_device, reads_text, uncompiled
 from sae_hooks.runtime import SINK_MULTIPLE
 from sae_hooks.sites import Site, find_input, normalize, read, resolve
 
@@ -68,7 +68,7 @@ def site_activations(model: nn.Module, sites: Sequence[str], ids: Tensor, mask: 
     A site ends in .output, .input or .normalized (sites.py). ids and mask may lie anywhere; each x lies where the model
     computes it, which differs between sites of a model that accelerate has spread over devices. The model runs in eval
     mode, without dropout, and is left as it was. Raises SiteError for a site that it has not, that a forward pass does
-    not reach, or whose activations are not one a token.
+    not reach, that reads another text (a decoder beside an encoder), or whose activations are not one a token.
     """
     where = input_device(model, ids.device)
     with eval_mode(model), uncompiled(), _recording(model, sites) as seen, suppress(DeepEnoughError):
@@ -92,6 +92,9 @@ def _recording(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, Ten
     """Hooks that fill {site: x}, and stop the forward pass when all sites were met."""
     seen: dict[str, Tensor] = {}
     found = {site: resolve(model, site) for site in sites}
+    if other := [site for site, place in found.items() if not reads_text(model, place.module)]:
+        raise SiteError(f"a training gives {type(model).__name__} input_ids alone, which its encoder reads; "
+                        f"{', '.join(other)} reads a text of its own")
     handles = [_record_at(place, name, seen, len(found)) for name, place in found.items()]
     try:
         yield seen

@@ -40,7 +40,7 @@ FAMILIES = {
                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
                   "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
 }
-CONFIGS = {"Llama4": "Llama4TextConfig"}
+CONFIGS = {name: f"{name}TextConfig" for name in ("Llama4", "Gemma3n")}
 
 
 def make(name, **settings):
@@ -127,6 +127,39 @@ def test_an_extraction_that_meets_a_layer_again_before_it_has_all_is_refused():
     attach_saes(model, make_sae(HIDDEN, 64, "model.norm.output"))
     with pytest.raises(SaeAttachError, match=r"runs model\.layers\.1\.output more than once.*capture"):
         list(extract_features(model, [{"input_ids": PROMPTS[0]}]))
+
+
+BART = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+
+
+def test_an_encoders_features_are_extracted_and_those_of_a_decoder_with_a_text_of_its_own_refused():
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**{**TOKENS, **BART})).eval()
+    inside = {part: f"model.{part}.layers.1.output" for part in ("encoder", "decoder")}
+    with seen(model, inside["encoder"]) as xs:
+        model(input_ids=torch.tensor(PROMPTS[:1]))
+    attach_saes(model, {site: make_sae(HIDDEN, 64) for site in inside.values()})
+    documents = [{"input_ids": PROMPTS[0]}]
+    part, = extract_features(model, documents, sites=[inside["encoder"]], activations=True)
+    torch.testing.assert_close(part.activations[inside["encoder"]], xs[0][0])
+    with pytest.raises(SaeAttachError, match=r"input_ids alone.*; model\.decoder\.layers\.1\.output reads a text"):
+        list(extract_features(model, documents))
+
+
+def test_several_streams_a_token_are_refused_where_positions_matter_and_edited_all_where_not():
+    model = make("Gemma3n", **{**LLAMA_LIKE, **LAYERS}, head_dim=8, num_kv_shared_layers=0, laurel_rank=4,
+                 hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
+                 layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0])
+    sae = make_sae(HIDDEN, 64, "model.layers.0.output")
+    del sae.metadata["typical_norm"]
+    attach_saes(model, sae)
+    for opening in (lambda: model.saes.clamp({3: 1.0}), model.saes.splice, model.saes.capture,
+                    lambda: model.saes.clamp({3: torch.ones(len(IDS))}, special_tokens=True)):
+        with pytest.raises(SaeAttachError, match=r"gives activations \(4, 3, 7, 32\) for tokens \(3, 7\)"), opening():
+            model(input_ids=IDS)
+    with model.saes.clamp({3: 1.0}, special_tokens=True) as edit:
+        model(input_ids=IDS)
+    assert edit.positions_edited == 4 * IDS.numel()
 
 
 def test_a_cache_by_another_name_counts_as_one():

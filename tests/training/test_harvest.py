@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -287,3 +289,13 @@ def test_a_layer_that_runs_again_before_all_sites_were_met_is_refused(
     model.model.layers[2] = model.model.layers[1]  # shared, as ALBERT's are
     with pytest.raises(SiteError, match=r"runs model\.layers\.1\.output more than once"):
         measure_sites(model, [SITE, "model.norm.output"], WINDOWS, [0, BOS])
+
+
+def test_a_decoder_beside_an_encoder_is_refused_and_the_encoder_harvested() -> None:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1,
+                                                    encoder_ffn_dim=16, decoder_ffn_dim=16, **heads)).eval()
+    with pytest.raises(SiteError, match=r"input_ids alone.*; model\.decoder\.layers\.0\.output reads a text"):
+        measure_sites(model, ["model.decoder.layers.0.output"], WINDOWS, [0, BOS])
+    inside = "model.encoder.layers.0.output"
+    assert harvest(model, {inside: 1e9}, WINDOWS, special_ids=[0, BOS])[inside].shape == (12, 16)
