@@ -154,8 +154,10 @@ def width(model: nn.Module, site: Site) -> int | None:
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's transposed linear layer
         return weight.shape[0 if site.side == "input" else 1]
     in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp|\.feed_forward)?$", site.path)
-    hidden = getattr(text_config(model), "hidden_size", None)  # of the text model, not of a tower beside it
-    return hidden if in_layer and not OTHER_TOWERS.search(site.path) and isinstance(hidden, int) else None
+    config = text_config(model)  # of the text model, not of a tower beside it
+    hidden, several = getattr(config, "hidden_size", None), hasattr(config, "hc_count")
+    known = in_layer and not several and not OTHER_TOWERS.search(site.path)  # Qwen4's layers give several side by side
+    return hidden if known and isinstance(hidden, int) else None
 
 
 def read(value: Any, where: str) -> Tensor:

@@ -8,7 +8,7 @@ from core.reference import array, encode, ordinary, seen
 from core.steering import IDS, MASK, SITE
 from tiny_models import HIDDEN, LLAMA_LIKE, POSITIONS, VOCABULARY, make_model, make_sae
 
-from sae_hooks import SaeAttachError, attach_saes, extract_features, sites
+from sae_hooks import SaeAttachError, SaeMismatchError, attach_saes, extract_features, sites
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None}
@@ -40,7 +40,7 @@ FAMILIES = {
                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
                   "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
 }
-CONFIGS = {name: f"{name}TextConfig" for name in ("Llama4", "Gemma3n")}
+CONFIGS = {name: f"{name}TextConfig" for name in ("Llama4", "Gemma3n", "Qwen4Exp")}
 
 
 def make(name, **settings):
@@ -160,6 +160,21 @@ def test_several_streams_a_token_are_refused_where_positions_matter_and_edited_a
     with model.saes.clamp({3: 1.0}, special_tokens=True) as edit:
         model(input_ids=IDS)
     assert edit.positions_edited == 4 * IDS.numel()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen4ExpTextConfig"), reason="transformers has no Qwen4 yet")
+def test_an_sae_as_wide_as_the_streams_that_a_layer_gives_side_by_side_is_attached():
+    model = make("Qwen4Exp", **{**LLAMA_LIKE, **LAYERS, **EXPERTS}, num_experts=4, head_dim=8, hc_lowrank=4,
+                 shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+                 linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention"] * 2)
+    sae = make_sae(4 * HIDDEN, 64, SITE, norm=1e9)
+    attach_saes(model, sae)
+    with model.saes.clamp({3: 1.0}) as edit:
+        model(input_ids=IDS, attention_mask=MASK, use_cache=False)
+    assert edit.positions_edited == int(ordinary(IDS, MASK).sum())
+    attach_saes(model, make_sae(HIDDEN, 64, "model.layers.0.output"))
+    with pytest.raises(SaeMismatchError, match=r"reads 32 values, .* gives 128"), model.saes.capture():
+        model(input_ids=IDS, attention_mask=MASK, use_cache=False)
 
 
 def test_a_cache_by_another_name_counts_as_one():
