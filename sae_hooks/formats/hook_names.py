@@ -41,6 +41,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
 KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
          "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out",
          "hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out"}
+KINDS |= dict.fromkeys(("post_mlp_layernorm.output", "post_ffn_norm.output", "mlp.dense_4h_to_h.output",
+                        "feed_forward.output", "fc2.output"), "mlp_out")
+KINDS |= dict.fromkeys(("attn.out_proj.input", "attn.attention.out_proj.input", "self_attn.out_proj.input",
+                        "self_attention.dense.input", "self_attn.dense.input"), "attn_out")
 
 
 def to_site(name: str, model_name: str | None = None) -> str | None:

@@ -6,9 +6,10 @@ import transformers
 from core.generating import LEFT, NEW, PROMPTS, STRENGTH, WIDTH
 from core.reference import array, encode, ordinary, seen
 from core.steering import IDS, MASK, SITE
-from tiny_models import HIDDEN, LLAMA_LIKE, POSITIONS, VOCABULARY, make_model, make_sae
+from tiny_models import ARCHITECTURES, HIDDEN, LLAMA_LIKE, POSITIONS, VOCABULARY, make_model, make_sae
 
 from sae_hooks import SaeAttachError, SaeMismatchError, attach_saes, extract_features, sites
+from sae_hooks.formats.hook_names import kind_of
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": None}
@@ -96,6 +97,12 @@ def test_the_aliases_are_what_the_mlp_adds_what_it_reads_and_what_the_attention_
     assert read.module is mlp or "norm" in read.path
     for kind in ("resid_post", "mlp_out"):
         assert sites.width(model, places[kind][0]) == HIDDEN
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
+def test_an_sae_saved_where_an_alias_says_is_found_by_that_alias(name):
+    model = make_model(name) if name in ARCHITECTURES else make(name, **{**LLAMA_LIKE, **LAYERS, **FAMILIES[name]})
+    assert {kind: kind_of(*sites.alias(model, 1, kind)) for kind in sites.KINDS} == {kind: kind for kind in sites.KINDS}
 
 
 def sharing_a_layer():
