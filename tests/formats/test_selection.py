@@ -207,7 +207,7 @@ def test_what_tells_its_site_itself_comes_before_what_was_placed_there():
 
 
 def test_of_two_hooks_that_may_both_be_the_path_none_is_guessed():
-    with pytest.raises(SaeMismatchError, match=r"which of blocks\.3\.hook_mlp_in, blocks\.3\.hook_mlp_out is .*experts"):
+    with pytest.raises(SaeMismatchError, match=r"which of blocks\.3\.hook_mlp_in, blocks\.3\.hook_mlp_out is .*expert"):
         pick([hooked("blocks.3.hook_mlp_out"), hooked("blocks.3.hook_mlp_in")], site="model.layers.3.experts.output")
 
 
