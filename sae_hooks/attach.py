@@ -20,6 +20,7 @@ from .runtime import Runtime, Slot
 from .sae import SAE
 from .saes import Saes
 
+MOST_TOLD = 10  # SAEs of a source that do not fit, of which a message speaks: a repository has one for each layer
 Model = TypeVar("Model", bound=nn.Module)
 Source = str | Path | SAE | Mapping[str, Any]
 
@@ -192,7 +193,8 @@ def _slots(model: nn.Module, offers: Sequence[Offer], name: str | None) -> list[
             slot.sae  # noqa: B018  (the user's own is there already)
         slots.append(slot)
     if wrong:
-        raise (SiteError if kinds == {SiteError} else SaeMismatchError)("\n".join(wrong))
+        more = [f"and {len(wrong) - MOST_TOLD} more"] if len(wrong) > MOST_TOLD else []
+        raise (SiteError if kinds == {SiteError} else SaeMismatchError)("\n".join(wrong[:MOST_TOLD] + more))
     return slots
 
 

@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
     "pythia|gpt-neox": ("gpt_neox.layers", "gpt_neox.embed_in", NEOX),
     r"llama|mistral|qwen|smollm|\bgemma-(?:[27]b|1\.1)\b": ("model.layers", "model.embed_tokens", LLAMA),
 }
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
          "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out",
          "hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out"}
@@ -91,7 +92,7 @@ def kind_of(site: str, site_out: str | None = None) -> str | None:
     given."""
     if site_out not in (None, site):
         return "transcoder"
-    if site.endswith("embed_tokens.output"):
+    if site.endswith(tuple(f"{name}.output" for name in EMBEDDINGS)):
         return "embedding"
     inside = re.sub(r"^.*?\b(?:layers|h|blocks)\.\d+\.", "", site)
     return KINDS.get(inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -101,31 +102,48 @@ def _only_layer(want: Wanted) -> int | None:
     return layer_of(want.path) if want.path else None
 
 
-def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry]) -> list[Entry]:
+def all_meant(want: Wanted) -> bool:
+    """Whether no SAE in particular is asked for, so that one that cannot be had is no hindrance to the others."""
+    return want.layers is None and want.path is None
+
+
+def is_lost(entry: Entry, want: Wanted) -> bool:
+    """Whether an SAE may be what was asked for, but for its site, which nothing tells."""
+    return entry.site is None and entry.kind not in MULTI_LAYER and not entry.flaw and matches(entry, want)
+
+
+def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry],
+           unread: Sequence[Entry] = ()) -> list[Entry]:
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
     One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
     that was given, and pickles where another file is. One with a flaw is among them only where it alone is known to be
-    at its site, or where nothing else fits: what its config does not tell may be what was asked for. Raises
-    SaeNotFoundError listing what is `offered`, or where an L0 was given and of several SAEs none is known,
-    SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be it.
+    at its site, or where nothing else fits: what its config does not tell may be what was asked for. One whose site
+    cannot be told is left out where all are meant and others tell theirs. Raises SaeNotFoundError listing what is
+    `offered`, and of which layers others are whose configs are `unread`, or where an L0 was given and of several SAEs
+    none is known, SaeFormatError where the site of what is left cannot be told, SaeMismatchError where several may be
+    it.
     """
     fitting = _readable([entry for entry in found if matches(entry, want)])
     flawed = [entry for entry in found if entry.flaw]
     if not fitting and flawed:
         return flawed
     if not fitting:
-        raise SaeNotFoundError(f"{where}: nothing for {_asked(want)}. It offers:\n{summary(offered)}")
+        why = [] if want.path else [untold(entry) for entry in found if is_lost(entry, replace(want, layers=None))]
+        raise SaeNotFoundError("\n".join([f"{where}: nothing for {_asked(want)}. It offers:", summary(offered, unread),
+                                          *why[:1]]))
     if all(entry.kind in MULTI_LAYER for entry in fitting):
         raise SaeFormatError(f"{where}: {fitting[0].kind} SAEs span several layers; sae_hooks loads single-layer "
                              f"ones only. It offers:\n{summary(offered)}")
     fitting = [entry for entry in fitting if entry.kind not in MULTI_LAYER]
     lost = [entry for entry in fitting if entry.site is None]
-    if lost:
-        raise SaeFormatError(f"{where}: {_untold(lost[0])}")
+    fitting = [entry for entry in fitting if entry.site is not None]
+    if lost and not (fitting and all_meant(want)):
+        raise SaeFormatError(f"{where}: {untold(lost[0])}")
     missing = sorted(set(want.layers or ()) - {entry.layer for entry in fitting if entry.layer is not None})
     if missing:
-        raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n{summary(offered)}")
+        raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n"
+                               + summary(offered, unread))
     fitting = _safest(_best_told(fitting, want, where))
     fitting = [entry for entry in fitting if want.path and entry.site == want.path] or fitting
     best: dict[tuple[str | None, str | None], Entry] = {}
@@ -162,7 +180,7 @@ def _best_told(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:
     return fitting
 
 
-def _untold(entry: Entry) -> str:
+def untold(entry: Entry) -> str:
     """Why an entry has no site, and what to do."""
     how = "give site= as a module path with its side, 'model.layers.2.output'"
     if entry.hook:
@@ -181,17 +199,31 @@ def same_site(one: str, other: str) -> bool:
         layer_of(one) is not None and in_layer(one) == in_layer(other) and stack_of(one) == stack_of(other))
 
 
-def summary(found: Sequence[Entry]) -> str:
-    """What a source offers, a line for each kind."""
+def summary(found: Sequence[Entry], unread: Sequence[Entry] = ()) -> str:
+    """What a source offers, a line for each kind, and which layers those have whose configs are `unread`."""
     lines = []
-    kinds = ["unreadable" if entry.flaw else entry.kind for entry in found]
-    for kind in dict.fromkeys(kinds):
-        of_kind = [entry for entry, told in zip(found, kinds, strict=True) if told == kind]
-        layers = sorted({entry.layer for entry in of_kind if entry.layer is not None})
+    called = [_called(entry) for entry in found]
+    for kind in dict.fromkeys(called):
+        of_kind = [entry for entry, told in zip(found, called, strict=True) if told == kind]
         widths = sorted({entry.width for entry in of_kind if entry.width is not None})
-        lines.append(f"  {kind or 'unknown site'}: layers {spans(layers) or '-'}; widths "
-                     f"{', '.join(map(str, widths)) or '-'}{'; not supported' if kind in MULTI_LAYER else ''}")
+        told = [f"layers {layers}"] if (layers := _layers(of_kind)) else []
+        told += [f"widths {', '.join(map(str, widths))}"] if widths else []
+        told += ["not supported"] if kind in MULTI_LAYER else []
+        lines.append(f"  {kind}" + (f": {'; '.join(told)}" if told else ""))
+    if unread:
+        lines.append(f"  layers {_layers(unread)}, of which `sae-hooks list` or list_saes tells more")
     return "\n".join(lines) or "  nothing"
+
+
+def _called(entry: Entry) -> str:
+    """What a summary calls the kind of an entry, or where that has no name its site: "h.N.input"."""
+    if entry.flaw or entry.kind or not entry.site:
+        return "unreadable" if entry.flaw else entry.kind or "unknown site"
+    return re.sub(r"\.\d+\.", ".N.", in_layer(entry.site), count=1)
+
+
+def _layers(found: Sequence[Entry]) -> str:
+    return spans(sorted({entry.layer for entry in found if entry.layer is not None}))
 
 
 def spans(numbers: Sequence[int]) -> str:

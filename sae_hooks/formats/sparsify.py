@@ -18,7 +18,7 @@ from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, switch, text
 from .entry import Entry
-from .hook_names import PATH, SIDES, kind_of, layer_of
+from .hook_names import EMBEDDINGS, PATH, SIDES, kind_of, layer_of
 from .weights import orient, require, subtract_from_bias
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -44,13 +44,14 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
             called = _called(f"{repo}/{path}")
             module = _module(called)
             found.append(Entry(dialect="sparsify", weights=path, config=config, layer=layer_of(module or ""),
+                               kind="embedding" if module in EMBEDDINGS else None,
                                hook=called if folder or module else None))
     return found
 
 
 def default(found: list[Entry]) -> list[Entry]:
-    """What is meant when neither site nor layer is given: all of them."""
-    return found
+    """What is meant when no site is given: the layers, not the embedding."""
+    return [entry for entry in found if entry.kind != "embedding"] or found
 
 
 def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
@@ -162,7 +163,9 @@ def _called(path: str) -> str:
 
 
 def _module(name: str) -> str | None:
-    """A folder's name if it is the path of a module in a layer; any other, also one with a site's side, may be
-    anything."""
+    """A folder's name if it is the path of a module in a layer, or of the embedding; any other, also one with a site's
+    side, may be anything."""
+    if name in EMBEDDINGS:
+        return name
     path = PATH.fullmatch(name) and layer_of(name) is not None
     return name if path and "hook_" not in name and name.rpartition(".")[2] not in SIDES else None

@@ -17,16 +17,16 @@ import torch
 
 from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from ..formats import DIALECTS, Entry, saelens
-from ..formats.entry import PICKLES
 from ..formats.hook_names import SIDES
-from ..formats.selection import choose, may_match, placed, wanted
+from ..formats.selection import all_meant, choose, is_lost, may_match, placed, untold, wanted
 from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
+from .absent import nothing_found
 from .failures import hub_errors, persist
 from .parsing import config_bytes, read_config
 from .pickles import read_pickle
 from .safe_files import write_atomically
-from .sources import STATISTICS, LocalSource, Source, open_source
+from .sources import STATISTICS, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
 from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
@@ -142,14 +142,15 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     possible = [entry for entry in offered if may_match(entry, want)]
     told = [placed(entry, want) for entry in _refined(at, possible)]
     others = [entry for entry in offered if not may_match(entry, want)]
-    chosen = choose(told, want, at.where(), told + others)
+    chosen = choose(told, want, at.where(), told + [e for e in others if e.kind or not _unread(e)],
+                    [e for e in others if not e.kind and _unread(e)])
     for entry in chosen:
         if entry.flaw:
             _refine(at, entry, _config)  # raises it
             raise SaeFormatError(f"{at.where(entry.weights)}: {entry.flaw}")  # unless its name alone told it
-    left = [entry.flaw for entry in told if entry.flaw]
-    if left and want.layers is None and want.path is None:
-        warnings.warn(f"{len(left)} left out, as its config cannot be read: {left[0]}", SaeWarning, stacklevel=2)
+    if all_meant(want):
+        _warn_of_left("as its config cannot be read", [entry.flaw for entry in told if entry.flaw])
+        _warn_of_left("as its site is not told", [untold(entry) for entry in told if is_lost(entry, want)])
     files = [SaeFile(_measured(at, entry), at.where(entry.weights), at, allow_pickle) for entry in chosen]
     for file in files:
         file.check_allowed()
@@ -258,14 +259,12 @@ def _offered(at: Source) -> list[Entry]:
     found = [entry for dialect in DIALECTS.values() for entry in dialect.entries(files, at.name)]
     if found:
         return found
-    pickles = [path for path in files if path.endswith(PICKLES)]
-    if pickles:
-        read = " and ".join(dialect.LOOKS_FOR for dialect in DIALECTS.values() if ".pt" in dialect.LOOKS_FOR)
-        raise UnsafeFileError(f"{at.where()}: {pickles[0]} is a pickle, which can run code when it is opened, of no "
-                              f"format that is known. With allow_pickle=True sae_hooks reads {read}; convert others to "
-                              "safetensors")
-    known = ", ".join(dialect.LOOKS_FOR for dialect in DIALECTS.values())
-    raise SaeNotFoundError(f"{at.where()}: no SAE here. Looked for {known}; found {_few(files)}" + _unfollowed(at))
+    raise nothing_found(at, files)
+
+
+def _warn_of_left(why: str, left: list[str]) -> None:
+    if left:
+        warnings.warn(f"{len(left)} left out, {why}: {left[0]}", SaeWarning, stacklevel=3)
 
 
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
@@ -364,13 +363,3 @@ def _folder_name(site: str) -> str:
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _unfollowed(at: Source) -> str:
-    links = at.linked() if isinstance(at, LocalSource) else []
-    return f". Links to folders are not followed; name one as the source: {', '.join(links[:6])}" if links else ""
-
-
-def _few(files: Mapping[str, int]) -> str:
-    names = list(files)
-    return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "no files"

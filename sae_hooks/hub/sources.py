@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SaeDownloadError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from ..formats.entry import PICKLES
 from .failures import hub_errors, persist, transient
 from .safe_files import check_contained
 
 MOST_FILES = 200_000
+WEIGHTS = (".safetensors", ".npz", *PICKLES)
 STATISTICS = "feature_statistics.safetensors"
 # What goes with a weight file that is named itself.
 BESIDE = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", STATISTICS)
@@ -41,10 +43,14 @@ class Source(Protocol):
     def where(self, path: str = "") -> str:
         """What to call a file in messages."""
 
+    def instead(self) -> str:
+        """What may have been meant where no SAE is found; "" where nothing comes to mind."""
+
 
 def open_source(source: str | Path, *, revision: str | None = None, token: str | None = None,
                 cache_dir: str | Path | None = None) -> Source:
-    """What exists is local, and so is every Path; anything else is "owner/name" or "owner/name/folder" on the Hub.
+    """What exists is local, and so is every Path; anything else is "owner/name", "owner/name/folder" or, a weight file,
+    "owner/name/folder/file" on the Hub.
 
     Raises SaeNotFoundError where there is no such thing, for "", which is not taken for the current folder, and for a
     revision of what is local.
@@ -105,10 +111,11 @@ class LocalSource:
     def where(self, path: str = "") -> str:
         return str(self.root / path)
 
-    def linked(self) -> list[str]:
-        """The links to folders, which `files` does not follow."""
+    def instead(self) -> str:
         inside = [] if self.only else [Path(folder, name) for folder, names, _ in os.walk(self.root) for name in names]
-        return sorted(path.relative_to(self.root).as_posix() for path in inside if path.is_symlink())
+        links = sorted(path.relative_to(self.root).as_posix() for path in inside if path.is_symlink())
+        told = ", ".join(links[:6])
+        return f"Links to folders are not followed; name one as the source: {told}" if links else ""
 
 
 class HubSource:
@@ -122,17 +129,27 @@ class HubSource:
     def __init__(self, repo_id: str, folder: str, revision: str | None, token: str | None,
                  cache_dir: str | Path | None) -> None:
         self.repo, self.folder, self.token, self.cache = repo_id, folder, token, cache_dir
-        self.name = f"{repo_id}/{folder}" if folder else repo_id
+        self.only: str | None = None
         asked = f"{repo_id}@{revision}" if revision else repo_id
         with hub_errors(asked, repo_id, "open"):
             self.commit = self._resolve(revision)
+        if folder.endswith(WEIGHTS) and folder in self._everything():  # a folder may be named so, too
+            first = folder.endswith("/checkpoints/final.safetensors")  # Llama Scope of 2024
+            self.folder = "/".join(folder.split("/")[:-2 if first else -1])
+            self.only = folder.removeprefix(self.folder).lstrip("/")
+        self.name = f"{repo_id}/{self.folder}".rstrip("/")
 
     def files(self) -> Mapping[str, int]:
+        inside = self.folder + "/" if self.folder else ""
+        found = {p.removeprefix(inside): size for p, size in self._everything().items() if p.startswith(inside)}
+        return {name: found[name] for name in (self.only, *BESIDE) if name in found} if self.only else found
+
+    def _everything(self) -> Mapping[str, int]:
+        """Every file of the repository, whatever was named of it."""
         with hub_errors(f"{self.repo}@{self.commit}", self.repo):
             listing = self._listing()
-        _refuse_hostile(listing, self.where())
-        inside = self.folder + "/" if self.folder else ""
-        return {p.removeprefix(inside): size for p, size in listing.items() if p.startswith(inside)}
+        _refuse_hostile(listing, f"{self.repo}@{self.commit}")
+        return listing
 
     def has(self, path: str) -> bool:
         return path in self.files()
@@ -151,6 +168,18 @@ class HubSource:
 
     def where(self, path: str = "") -> str:
         return "/".join(part for part in (f"{self.repo}@{self.commit}", self.folder, path) if part)
+
+    def instead(self) -> str:
+        above, paths = self.folder, self._everything()
+        if not above or self.files():
+            return ""
+        while above and not any(path.startswith(above + "/") for path in paths):
+            above = above.rpartition("/")[0]
+        there = list(dict.fromkeys(path.removeprefix(above).lstrip("/").partition("/")[0] for path in paths
+                                   if path.startswith(above)))
+        more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+        return (f"There is no such folder or weight file; {self.repo}{'/' * bool(above)}{above} has "
+                f"{', '.join(there[:12])}{more}")
 
     def _resolve(self, revision: str | None) -> str:
         """The commit that a branch or tag is at now; with the Hub down, the one that is cached."""

@@ -37,7 +37,7 @@ def test_a_problem_is_one_message_on_stderr_without_a_traceback(run, tmp_path):
     done = run("list", tmp_path)
     assert done.exit_code == 1
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path}: no SAE here. ")
+    assert done.stderr.startswith(f"error: {tmp_path}: no SAE here; found no files. ")
     assert "Traceback" not in done.stderr
 
 

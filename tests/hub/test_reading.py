@@ -152,7 +152,7 @@ def test_a_site_nobody_tells_must_be_given_and_then_is_used(repo, cache):
 def test_a_repository_without_saes_says_what_it_looked_for(repo, cache):
     made = repo("empty")
     (made.dir / "model.gguf").write_bytes(b"x")
-    with pytest.raises(SaeNotFoundError, match=r"no SAE here. Looked for params.npz.*found model.gguf"):
+    with pytest.raises(SaeNotFoundError, match=r"found model.gguf\. Looked for, .*\n  params.npz \(Gemma Scope\)"):
         find_saes(made.id, cache_dir=cache)
 
 
