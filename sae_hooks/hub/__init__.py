@@ -7,7 +7,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 
-from ..errors import SaeError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from ..errors import (
+    SaeDownloadError,
+    SaeError,
+    SaeFormatError,
+    SaeMismatchError,
+    SaeNotFoundError,
+    SaeWarning,
+    UnsafeFileError,
+)
 from ..formats import DIALECTS, Entry, saelens
 from ..formats.hook_names import SIDES
 from ..formats.selection import all_meant, choose, is_lost, may_match, placed, untold, wanted
@@ -272,6 +280,10 @@ def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
     share is read once."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         configs = {name: pool.submit(_config, at, name) for name in dict.fromkeys(_unread(e) for e in entries) if name}
+        for one in as_completed(configs.values()):
+            if isinstance(one.exception(), SaeDownloadError):
+                pool.shutdown(wait=False, cancel_futures=True)  # a Hub that is down is not asked for the other hundreds
+                one.result()
     return [_refined_or_flawed(at, entry, lambda at, name: configs[name].result()) for entry in entries]
 
 

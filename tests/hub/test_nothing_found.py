@@ -12,7 +12,14 @@ from hub.test_transcoder_sets import write_layer, write_set
 from safetensors.torch import save_file
 
 from sae_hooks import attach_saes
-from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from sae_hooks.errors import (
+    SaeDownloadError,
+    SaeFormatError,
+    SaeMismatchError,
+    SaeNotFoundError,
+    SaeWarning,
+    UnsafeFileError,
+)
 from sae_hooks.hub import find_saes, list_saes, load_sae, save_pretrained
 from sae_hooks.sites import resolve
 
@@ -166,3 +173,14 @@ def test_of_many_saes_for_another_model_some_are_named_and_the_rest_counted(tmp_
     told = str(caught.value).splitlines()
     assert len(told) == 11
     assert told[-1] == "and 4 more"
+
+
+def test_a_hub_that_breaks_off_is_not_asked_for_all_the_other_configs(hub, repo, cache, naps):
+    made = repo("sae-llama-3-8b-32x")
+    for layer in range(60):
+        write(made.dir / f"layers.{layer}")
+    hub.fail(r"^HEAD .*cfg\.json", status=503, times=-1)
+    with pytest.raises(SaeDownloadError, match=r"layers\.\d+/cfg\.json: the Hub could not be reached"):
+        find_saes(made.id, cache_dir=cache)
+    asked = {line.split("?")[0] for line, _ in hub.seen(r"cfg\.json")}
+    assert len(asked) < 40
