@@ -112,6 +112,16 @@ def is_lost(entry: Entry, want: Wanted) -> bool:
     return entry.site is None and entry.kind not in MULTI_LAYER and not entry.flaw and matches(entry, want)
 
 
+def without_pickles(found: list[Entry], want: Wanted) -> tuple[list[Entry], list[Entry]]:
+    """Those that are no pickles, and the pickles of sites where none of them is; all and none where nothing else fits.
+    """
+    others = [entry for entry in found if not entry.pickled]
+    sites = {entry.site for entry in others if entry.site and not entry.flaw and matches(entry, want)}
+    if not sites:
+        return found, []
+    return others, [e for e in found if e.pickled and e.site not in sites and matches(e, want)]
+
+
 def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry],
            unread: Sequence[Entry] = ()) -> list[Entry]:
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.

@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..formats import DIALECTS, Entry, saelens
 from ..formats.hook_names import SIDES
-from ..formats.selection import all_meant, choose, is_lost, may_match, placed, untold, wanted
+from ..formats.selection import all_meant, choose, is_lost, may_match, placed, untold, wanted, without_pickles
 from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
 from .absent import nothing_found
@@ -95,9 +95,9 @@ class SaeFile:
         """Raise UnsafeFileError, which names the ways out, where the weights are a pickle and may not be read."""
         if self.entry.pickled and not self.allow_pickle:
             raise UnsafeFileError(
-                f"{self.where} is a pickle, which can run code when it is opened. allow_pickle=True reads it with "
-                "torch's weights_only loader, which runs no code of the file; `sae-hooks convert SOURCE FOLDER "
-                "--allow-pickle` writes it as safetensors, once and for all")
+                f"{self.where} is a pickle, which can run code when it is opened. allow_pickle=True (--allow-pickle) "
+                "reads it with torch's weights_only loader, which runs no code of the file; `sae-hooks convert SOURCE "
+                "FOLDER --allow-pickle` writes it as safetensors, once and for all")
 
     def _read_statistics(self, sae: SAE) -> None:
         name = beside(self.entry)
@@ -136,10 +136,10 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     gives no embedding, Gemma Scope 2 the residual stream alone, and any other source all kinds that it has. `site`:
     "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins.
     `allow_pickle`: whether weights that PyTorch pickled may be read, by its weights_only loader, which runs no code of
-    the file; where other files fit, they are meant. Without it, UnsafeFileError is raised where a pickle is meant.
-    Raises SaeNotFoundError listing what there is, SaeDownloadError; SaeFormatError for a config that cannot be read, if
-    that SAE is meant or nothing else fits. Where all layers are meant, one that does not tell its site is left out with
-    a warning.
+    the file; where other files fit, they are meant. Raises SaeNotFoundError listing what there is, SaeDownloadError;
+    SaeFormatError for a config that cannot be read and UnsafeFileError for a pickle that may not, if that SAE is meant
+    or nothing else fits. Where all layers are meant and others fit, such SAEs are left out with a warning, and so are
+    those that do not tell their site.
     """
     want = wanted(layer, site, width, l0)
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -149,6 +149,9 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
                    for entry in dialect.default([e for e in offered if e.dialect == name])]
     possible = [entry for entry in offered if may_match(entry, want)]
     told = [placed(entry, want) for entry in _refined(at, possible)]
+    if all_meant(want) and not allow_pickle:
+        told, pickles = without_pickles(told, want)
+        _warn_of_left("as PyTorch pickled it, which allow_pickle=True reads", [at.where(e.weights) for e in pickles])
     others = [entry for entry in offered if not may_match(entry, want)]
     chosen = choose(told, want, at.where(), told + [e for e in others if e.kind or not _unread(e)],
                     [e for e in others if not e.kind and _unread(e)])

@@ -58,16 +58,16 @@ def test_without_a_word_a_pickle_is_listed_and_refused_with_both_ways_out_and_ne
                      lambda: attach_saes(random_model("Llama"), folder)):
             with pytest.raises(UnsafeFileError) as caught:
                 read()
-            assert "pt is a pickle, which can run code when it is opened. allow_pickle=True reads it with torch's " \
-                   "weights_only loader, which runs no code of the file; `sae-hooks convert SOURCE FOLDER " \
-                   "--allow-pickle` writes it as safetensors" in str(caught.value)
+            assert "pt is a pickle, which can run code when it is opened. allow_pickle=True (--allow-pickle) reads " \
+                   "it with torch's weights_only loader, which runs no code of the file; `sae-hooks convert SOURCE " \
+                   "FOLDER --allow-pickle` writes it as safetensors" in str(caught.value)
     assert not [line for line in opened if ".pt" in line and line.startswith("open ")]
 
 
 def test_a_file_that_was_found_without_a_word_is_not_read_later(folder):
     [file] = find_saes(folder, layer=1, allow_pickle=True)
     assert file.load().d_in == D
-    with pytest.raises(UnsafeFileError, match="allow_pickle=True reads it"):
+    with pytest.raises(UnsafeFileError, match=r"allow_pickle=True \(--allow-pickle\) reads it"):
         type(file)(file.entry, file.where, file.source).load()
 
 
@@ -109,6 +109,31 @@ def test_where_a_safetensors_file_of_the_site_is_it_is_meant(allowed, folder):
     assert torch.equal(load_sae(folder, layer=1, allow_pickle=allowed).W_enc, file.load().W_enc)
     with pytest.raises(UnsafeFileError, match="is a pickle"):
         find_saes(folder, layer=2)
+
+
+def test_pickles_take_no_other_file_along_where_all_layers_are_meant(folder, random_model):
+    [file] = find_saes(folder, layer=1, allow_pickle=True)
+    save_pretrained({"model.layers.1.output": file.load()}, folder)
+    with pytest.warns(SaeWarning, match=r"2 left out, as PyTorch pickled it, which allow_pickle=True reads: .*pt$"):
+        model = attach_saes(random_model("Llama"), folder)
+    assert list(model.saes) == ["model.layers.1.output"]
+    assert len(find_saes(folder, allow_pickle=True)) == 3
+    for asked in ({"layer": (1, 2)}, {"site": "model.layers.2.output"}):
+        with pytest.raises(UnsafeFileError, match="is a pickle"):
+            find_saes(folder, **asked)
+
+
+def test_a_pickle_of_a_site_that_another_file_has_is_not_spoken_of(folder):
+    for file in find_saes(folder, allow_pickle=True):
+        save_pretrained({str(file.entry.site): file.load()}, folder)
+    assert {f.entry.dialect for f in find_saes(folder)} == {"saelens"}
+
+
+def test_a_pickle_that_could_not_be_read_anyway_takes_no_other_file_along(tmp_path, random_sae):
+    shutil.copytree(qwen(tmp_path / "q"), tmp_path / "mixed/renamed")
+    save_pretrained(random_sae(D, 64, "transformer.h.1.output"), tmp_path / "mixed/mine")
+    with pytest.warns(SaeWarning, match="3 left out, as PyTorch pickled it"):
+        assert [f.entry.site for f in find_saes(tmp_path / "mixed")] == ["transformer.h.1.output"]
 
 
 def test_layer_fetches_the_configs_of_that_layer_alone_and_l0_its_one_weight_file(hub, repo, cache, tmp_path):
