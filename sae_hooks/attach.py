@@ -56,6 +56,7 @@ def attach_saes(
     SiteError or SaeMismatchError (the model has no such place, or of another width; all of them at once),
     SaeNotFoundError, SaeDownloadError, SaeFormatError, UnsafeFileError, SaeAttachError.
     """
+    hub.weight_files.check_dtype(dtype)
     select = {"width": width, "l0": l0, "revision": revision, "token": token, "cache_dir": cache_dir,
               "allow_pickle": allow_pickle}
     offers = list(_offers(model, source, layer, site, select, dtype))

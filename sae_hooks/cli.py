@@ -53,7 +53,8 @@ so well fixed in the minds of the surrounding families, that he is considered as
 other of their daughters.
 """  # A. Lincoln 1863, L. Carroll 1865, King James Bible, J. Austen 1813: public domain
 
-Source = Annotated[str, typer.Argument(help="Hub repository (owner/name, or owner/name/folder), local folder or file.")]
+Source = Annotated[str, typer.Argument(
+    help="Hub repository (owner/name), a folder or weight file in it (owner/name/folder), local folder or file.")]
 Model = Annotated[str, typer.Argument(help="The language model: a local folder or a Hub id.")]
 Layer = Annotated[int | None, typer.Option(help="The layer, counted from 0.")]
 Site = Annotated[str | None, typer.Option(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
 
 MOST_NORM = 1e4
+AT_ONCE = 4096  # features
 ENCODERS = ("W_enc", "w_enc", "W_E", "encoder.weight")
 BIASES = ("b_enc", "b_gate", "b_E", "encoder.bias", "gate_bias")  # as long as there are features
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -50,8 +51,12 @@ def sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
 
 
 def subtract_from_bias(b_enc: Tensor, shift: Tensor, W_enc: Tensor) -> Tensor:
-    """Fold `(x - shift) @ W_enc + b_enc` into the bias of `x @ W_enc`: b_enc - shift @ W_enc, summed in float64."""
-    return (b_enc.double() - shift.double() @ W_enc.double()).to(torch.promote_types(b_enc.dtype, torch.float32))
+    """Fold `(x - shift) @ W_enc + b_enc` into the bias of `x @ W_enc`: b_enc - shift @ W_enc, summed in float64.
+
+    Some features at a time: all at once would take twice the encoder's memory beside it.
+    """
+    shifted = torch.cat([shift.double() @ some.double() for some in torch.split(W_enc, AT_ONCE, dim=1)])
+    return (b_enc.double() - shifted).to(torch.promote_types(b_enc.dtype, torch.float32))
 
 
 def gated_as_threshold(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ from .pickles import read_pickle
 from .safe_files import write_atomically
 from .sources import STATISTICS, Source, open_source
 from .statistics_file import beside, of_other_weights, read_statistics, statistics_bytes
-from .weight_files import check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
+from .weight_files import check_dtype, check_finite, check_held, read_shapes, read_tensors, safetensors_bytes
 
 AT_ONCE = 8  # small configs fetched at a time
 CARD = """---
@@ -74,6 +74,7 @@ class SaeFile:
 
         Raises SaeDownloadError, SaeFormatError, UnsafeFileError, SaeMismatchError; the message begins with `where`.
         """
+        check_dtype(dtype)
         self.check_allowed()
         dialect = DIALECTS[self.entry.dialect]
         config = _config(self.source, self.entry.config) if self.entry.config else None

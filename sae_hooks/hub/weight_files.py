@@ -79,6 +79,12 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise SaeFormatError("; ".join(wrong))
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raise SaeFormatError for what is no dtype, such as the name of one, which torch would take for a device."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise SaeFormatError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r}")
+
+
 def check_held(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """Raise SaeFormatError where values that are cast to a dtype became infinite, as those above 65,504 in float16."""
     try:

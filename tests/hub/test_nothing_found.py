@@ -184,3 +184,12 @@ def test_a_hub_that_breaks_off_is_not_asked_for_all_the_other_configs(hub, repo,
         find_saes(made.id, cache_dir=cache)
     asked = {line.split("?")[0] for line, _ in hub.seen(r"cfg\.json")}
     assert len(asked) < 40
+
+
+def test_the_name_of_a_dtype_is_refused_before_anything_is_attached(gemma_repo, cache, random_model):
+    model = random_model("Gemma2")
+    with pytest.raises(SaeFormatError, match=r"dtype must be a torch\.dtype, such as torch\.bfloat16, got 'bfloat16'"):
+        load_sae(gemma_repo.id, layer=1, cache_dir=cache, dtype="bfloat16")
+    with pytest.raises(SaeFormatError, match="got 'float16'"):
+        attach_saes(model, gemma_repo.id, cache_dir=cache, dtype="float16")
+    assert not hasattr(model, "saes")
