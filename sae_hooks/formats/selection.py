@@ -221,7 +221,8 @@ def summary(found: Sequence[Entry], unread: Sequence[Entry] = ()) -> str:
         told += ["not supported"] if kind in MULTI_LAYER else []
         lines.append(f"  {kind}" + (f": {'; '.join(told)}" if told else ""))
     if unread:
-        lines.append(f"  layers {_layers(unread)}, of which `sae-hooks list` or list_saes tells more")
+        which = f"layers {_layers(unread)}" if _layers(unread) else "others"
+        lines.append(f"  {which}, of which `sae-hooks list` or list_saes tells more")
     return "\n".join(lines) or "  nothing"
 
 

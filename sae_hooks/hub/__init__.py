@@ -145,15 +145,12 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     want = wanted(layer, site, width, l0)
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
     offered = _offered(at)
-    if want.site is None:
-        offered = [entry for name, dialect in DIALECTS.items()
-                   for entry in dialect.default([e for e in offered if e.dialect == name])]
-    possible = [entry for entry in offered if may_match(entry, want)]
-    told = [placed(entry, want) for entry in _refined(at, possible)]
+    possible = [entry for entry in (_meant(offered) if want.site is None else offered) if may_match(entry, want)]
+    told, looked_at = [placed(entry, want) for entry in _refined(at, possible)], frozenset(possible)
     if all_meant(want) and not allow_pickle:
         told, pickles = without_pickles(told, want)
         _warn_of_left("as PyTorch pickled it, which allow_pickle=True reads", [at.where(e.weights) for e in pickles])
-    others = [entry for entry in offered if not may_match(entry, want)]
+    others = [entry for entry in offered if entry not in looked_at]
     chosen = choose(told, want, at.where(), told + [e for e in others if e.kind or not _unread(e)],
                     [e for e in others if not e.kind and _unread(e)])
     for entry in chosen:
@@ -272,6 +269,12 @@ def _offered(at: Source) -> list[Entry]:
     if found:
         return found
     raise nothing_found(at, files)
+
+
+def _meant(offered: list[Entry]) -> list[Entry]:
+    """Those that are meant where no site is given, as each dialect has it."""
+    return [entry for name, dialect in DIALECTS.items()
+            for entry in dialect.default([e for e in offered if e.dialect == name])]
 
 
 def _warn_of_left(why: str, left: list[str]) -> None:

@@ -112,6 +112,8 @@ class LocalSource:
         return str(self.root / path)
 
     def instead(self) -> str:
+        if self.only in BESIDE:
+            return f"{self.only} goes with weights; name its folder, {self.root}"
         inside = [] if self.only else [Path(folder, name) for folder, names, _ in os.walk(self.root) for name in names]
         links = sorted(path.relative_to(self.root).as_posix() for path in inside if path.is_symlink())
         told = ", ".join(links[:6])

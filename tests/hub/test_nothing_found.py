@@ -8,6 +8,7 @@ from formats.openmoss import HYPERPARAMS, drawn, linear
 from formats.sparsify_files import CONFIG, write
 from hub.files import write_npz
 from hub.test_hostile_pickles import saved
+from hub.test_pickles_on_request import trainer
 from hub.test_transcoder_sets import write_layer, write_set
 from safetensors.torch import save_file
 
@@ -78,6 +79,12 @@ def test_a_folder_that_is_not_there_is_told_what_is(gemma_repo, cache):
         find_saes(f"{gemma_repo.id}/layer_1/width_4k/average_l0_71", cache_dir=cache)
 
 
+def test_a_config_that_is_named_is_told_that_its_folder_is_to_be(tmp_path):
+    folder = write(tmp_path / "layers.1")
+    with pytest.raises(SaeNotFoundError, match=rf"cfg\.json goes with weights; name its folder, {folder}$"):
+        load_sae(folder / "cfg.json")
+
+
 # --- one weight file of a repository --------------------------------------------------------------------
 
 def test_a_weight_file_of_a_repository_can_be_named(hub, repo, cache):
@@ -129,6 +136,15 @@ def test_layers_whose_configs_were_not_asked_for_are_no_unknown_sites(tmp_path):
         find_saes(tmp_path, layer=1, site="mlp_out")
     assert str(caught.value).splitlines()[1:] == [
         "  resid_post: layers 1; widths 40", "  layers 0, 2-3, of which `sae-hooks list` or list_saes tells more"]
+
+
+def test_what_is_not_meant_without_a_site_is_offered_all_the_same(tmp_path):
+    trainer(tmp_path / "resid_post_layer_1/trainer_0", 1)
+    trainer(tmp_path / "mlp/trainer_0", 2, submodule_name="model.layers.2.mlp")
+    with pytest.raises(SaeNotFoundError) as caught:
+        find_saes(tmp_path, layer=3, allow_pickle=True)
+    assert str(caught.value).splitlines()[1:] == [
+        "  resid_post: layers 1", "  others, of which `sae-hooks list` or list_saes tells more"]
 
 
 def test_a_layer_alone_is_answered_with_what_else_an_sae_needs_that_tells_no_place(tmp_path):
