@@ -23,5 +23,5 @@ def lacking(files: Iterable[str]) -> str | None:
     for weights, config in CONFIGS:
         found = [path for path in paths if weights.search(path)]
         if found:
-            return f"{found[0]} has no {config}" + (f"; so have {len(found) - 1} more" if len(found) > 1 else "")
+            return f"{found[0]} has no {config}" + (f"; nor have {len(found) - 1} more" if len(found) > 1 else "")
     return None

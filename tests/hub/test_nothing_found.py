@@ -61,7 +61,7 @@ def test_a_set_of_transcoders_without_its_config_is_not_taken_for_the_pickles_be
         write_layer(made.dir, layer)
     (made.dir / "features").mkdir()
     (made.dir / "features/layer_0.bin").write_bytes(b"dashboards")
-    with pytest.raises(SaeNotFoundError, match=r"layer_0\.safetensors has no config\.yaml .*; so have 2 more"):
+    with pytest.raises(SaeNotFoundError, match=r"layer_0\.safetensors has no config\.yaml .*; nor have 2 more"):
         find_saes(made.id, cache_dir=cache)
 
 
