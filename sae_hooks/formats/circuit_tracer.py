@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, text
-from .entry import Entry
+from .entry import Entry, all_of_them
 from .hook_names import kind_of, to_site
 from .weights import orient, require
 
@@ -32,6 +32,7 @@ CROSS_LAYER = re.compile(r"W_enc_(\d+)\.safetensors")
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FEATURES = "features"  # the folder of what its dashboards show, which ends in .bin and is no weights
 GATES = {None: "relu or jumprelu", "relu": "relu", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
+default = all_of_them
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
@@ -52,11 +53,6 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
         return [*found, *across.values()]
     return [Entry(dialect="circuit_tracer", weights=path, config=path) for path in files
             if path.rpartition("/")[2] == CONFIG]
-
-
-def default(found: list[Entry]) -> list[Entry]:
-    """What is meant when neither site nor layer is given: all of them."""
-    return found
 
 
 def sites(kind: str, layer: int | None) -> tuple[str, str] | None:

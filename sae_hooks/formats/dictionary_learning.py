@@ -19,7 +19,7 @@ from ..errors import SaeFormatError, SaeWarning
 from ..sae import SAE
 from .config import number, section, size, text
 from .entry import Entry
-from .hook_names import kind_of, layer_of, to_site
+from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -45,6 +45,7 @@ NAMES = frozenset(name for names in CLASSES.values() for name in names)
 PLACE = re.compile(r"(?:^|/)(\w+?)_layer_(\d+)(?:_checkpoints)?(?=/)")
 NAMED = re.compile(r"(\w+)_layer_(\d+)")
 UNFINISHED = re.compile(r"_checkpoints/|(?:^|/)trainer_\d+_step_\d+/")
+sites = residual_stream
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
@@ -58,11 +59,6 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
 def default(found: list[Entry]) -> list[Entry]:
     """What is meant when no site is given: the residual stream where folders tell it, else all."""
     return [entry for entry in found if entry.kind == "resid_post"] or found
-
-
-def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
-    """The sites (read, written) where they cannot depend on the architecture: the residual stream only."""
-    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
 
 
 def refine(entry: Entry, config: dict[str, Any]) -> Entry:

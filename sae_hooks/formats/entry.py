@@ -47,6 +47,11 @@ class Entry:
         return "(unreadable)" if self.flaw else self.site or f"({self.kind or 'unknown'})"
 
 
+def all_of_them(found: list[Entry]) -> list[Entry]:
+    """What is meant where neither site nor layer is given."""
+    return found
+
+
 def width_from_label(label: str) -> int:
     """Number of features that a folder name means: "16k" is 2^14, "1m" is 2^20, "131k" 2^17; digits alone are exact.
 

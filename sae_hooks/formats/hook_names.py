@@ -98,6 +98,12 @@ def kind_of(site: str, site_out: str | None = None) -> str | None:
     return KINDS.get(inside)
 
 
+def residual_stream(kind: str, layer: int | None) -> tuple[str, str] | None:
+    """The sites (read, written) that a kind at a layer means where the architecture is not known: of "resid_post" only.
+    """
+    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
+
+
 def may_mean(hook: str, site: str) -> bool:
     """Whether a hook name that to_site leaves open may mean this site: nothing that both tell of it differs."""
     layers, kind = {layer_of(hook), layer_of(site)} - {None}, kind_of(site)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .entry import Entry
-from .hook_names import kind_of, layer_of, to_site
+from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .llama_scope_config import Recipe, average, read
 from .weights import orient, require
 
@@ -45,6 +45,7 @@ class _Names(frozenset[str]):
 
 
 NAMES = _Names({*LINEAR, *BARE})
+sites = residual_stream
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
@@ -66,11 +67,6 @@ def default(found: list[Entry]) -> list[Entry]:
     mixtures = [mixture[0] for entry in plain if (mixture := MIXTURE.search(entry.weights))]
     most = max(sorted(set(mixtures)), key=mixtures.count, default="")
     return [entry for entry in plain if not (mixture := MIXTURE.search(entry.weights)) or mixture[0] == most]
-
-
-def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
-    """The sites (read, written) where they cannot depend on the architecture: the residual stream only."""
-    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
 
 
 def refine(entry: Entry, config: dict[str, Any]) -> Entry:

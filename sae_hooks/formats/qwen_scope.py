@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, text
-from .entry import Entry, d_in_from_size
+from .entry import Entry, all_of_them, d_in_from_size
+from .hook_names import residual_stream
 from .weights import orient, require
 
 LOOKS_FOR = "layer0.sae.pt (Qwen Scope)"
@@ -27,22 +28,13 @@ FILE = re.compile(r"layer(\d{1,4})\.sae\.pt")
 UNTOLD = ("neither a folder's name nor a config.json tells k, how many features each token keeps: name the folder of "
           "the files as their repository is, SAE-Res-{model}-W{thousands of features}K-L0_{k}")
 MOST_OVERHEAD = 4096  # bytes that torch.save adds; seen for four tensors: 1,500 to 2,000
+default, sites = all_of_them, residual_stream
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
     """Every layer{n}.sae.pt among `files` (path -> bytes); its width and k are told by the name of a folder above."""
     return [_entry(path, bytes_, int(found[1]), repo, files) for path, bytes_ in files.items()
             if (found := FILE.fullmatch(path.rpartition("/")[2]))]
-
-
-def default(found: list[Entry]) -> list[Entry]:
-    """What is meant when no site is given: all of them."""
-    return found
-
-
-def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
-    """The sites (read, written): there is the residual stream only."""
-    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
 
 
 def refine(entry: Entry, config: dict[str, Any]) -> Entry:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import SaeFormatError, SaeWarning
 from ..sae import SAE
-from .entry import Entry
-from .hook_names import SIDES, kind_of, layer_of, to_lens, to_site
+from .entry import Entry, all_of_them
+from .hook_names import SIDES, kind_of, layer_of, residual_stream, to_lens, to_site
 from .saelens_config import GENERATED, VERSION, Recipe, read
 from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
 
@@ -25,6 +25,7 @@ WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 LOOKS_FOR = "cfg.json with sae_weights.safetensors (SAELens)"
 NAMES = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "W_skip", "b_gate", "b_mag",
                    "r_mag", "scaling_factor"})
+default, sites = all_of_them, residual_stream
 
 
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
@@ -40,16 +41,6 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
             found.append(Entry(dialect="saelens", weights=path, config=config, site=site,
                                kind=site and kind_of(site), layer=layer_of(last)))
     return found
-
-
-def default(found: list[Entry]) -> list[Entry]:
-    """What is meant when neither site nor layer is given: all of them."""
-    return found
-
-
-def sites(kind: str, layer: int | None) -> tuple[str, str] | None:
-    """The sites (read, written) where they cannot depend on the architecture: the residual stream only."""
-    return (f"model.layers.{layer}.output",) * 2 if kind == "resid_post" and layer is not None else None
 
 
 def refine(entry: Entry, config: dict[str, Any]) -> Entry:

@@ -68,16 +68,15 @@ def gated_as_threshold(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tens
     wide = torch.promote_types(W_enc.dtype, torch.float32)
     gain = r_mag.double().exp()
     threshold = (b_mag.double() - gain * b_gate.double()).clamp(min=0)
-    return (W_enc.double() * gain).to(wide), b_mag, threshold.to(wide)
+    return W_enc * gain.to(wide), b_mag, threshold.to(wide)
 
 
 def fold_decoder_norms(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same reconstruction with decoder rows of norm 1, by features that are so much larger; rows of norm 0 never
     fire then."""
-    norms = W_dec.double().norm(dim=-1)
-    divisor = torch.where(norms > 0, norms, 1.0)
     wide = torch.promote_types(W_dec.dtype, torch.float32)
-    return (W_enc * norms).to(wide), (b_enc * norms).to(wide), (W_dec / divisor[:, None]).to(wide)
+    norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=torch.float64).to(wide)
+    return W_enc * norms, b_enc * norms, W_dec / torch.where(norms > 0, norms, 1.0)[:, None]
 
 
 def positive(threshold: Tensor) -> Tensor:
