@@ -1,8 +1,9 @@
 """Weights that PyTorch pickled (.pt, .pth, .bin): read where the caller allows it, by torch's weights_only loader.
 
-Two looks come first. The zip's directory: whole, nothing compressed, no larger unpacked than the file is, so nothing
-that torch allocates is. The pickle in it, opcode by opcode, which runs nothing: plain tensors call for two functions of
-torch and one of Python's, and what calls for anything else is refused by name, whatever torch has been told to trust.
+Two looks come first. The zip's directory: whole, the one that torch finds, too, nothing compressed, no larger unpacked
+than the file is, so nothing that torch allocates is. The pickle in it, opcode by opcode, which runs nothing: plain
+tensors call for two functions of torch and one of Python's, and what calls for anything else is refused by name,
+whatever torch has been told to trust.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -23,7 +25,9 @@ from .safe_files import open_regular
 from .weight_files import check_names, zip_errors, zip_members
 
 MOST_PICKLE = 2**20  # bytes; for ten tensors torch writes 2,000
-END = 22  # bytes of the record that ends a zip file without a comment
+MOST_TUPLES = 500  # in a pickle, four a tensor; hashing one that nests ten thousands deep ends the process
+# What ends a zip file without a comment, and before it, as torch.save writes them, too, its forms of 64 bits.
+END, LOCATOR, END_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NAMES = frozenset({"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict",
                    *(f"torch {kind}Storage" for kind in STORAGES)})
@@ -55,16 +59,33 @@ def read_pickle(path: Path, allowed: Collection[str]) -> dict[str, Tensor]:
 
 
 def _check_zip(file: IO[bytes]) -> None:
-    """Raise SaeFormatError for what is no zip file, or not one to its last byte: torch and Python would then differ
-    on which directory is its."""
-    start = file.read(4)
+    """Raise SaeFormatError for what is no zip file, or not one from its first byte to its last: torch and Python would
+    then differ on which directory is its."""
+    start, size = file.read(4), os.fstat(file.fileno()).st_size
     if start[:2] != b"PK":
         raise SaeFormatError("not a zip file, which torch.save has written since PyTorch 1.6; no other pickle is read. "
                              "If you trust it, save it anew: torch.save(torch.load(path, weights_only=True), path)")
-    file.seek(max(os.fstat(file.fileno()).st_size - END, 0))
-    if file.read(4) != b"PK\x05\x06":
-        raise SaeFormatError("cut short, or something follows its zip directory; download it again")
+    file.seek(max(size - END.size - LOCATOR.size - END_64.size, 0))
+    tail = file.read()
     file.seek(0)
+    if len(tail) < END.size or tail[-END.size:][:4] != b"PK\x05\x06":
+        raise SaeFormatError("cut short, or something follows its zip directory; download it again")
+    if _directory_end(tail, size) is None:
+        raise SaeFormatError("its zip directory is not where its last bytes say, as in a file that something was put "
+                             "before; download it again")
+
+
+def _directory_end(tail: bytes, size: int) -> int | None:
+    """Where the zip directory ends by the records in the last bytes of a file of `size`, None unless they follow it."""
+    *_, length, at, _ = END.unpack(tail[-END.size:])
+    ends = size - END.size
+    locator = tail[-END.size - LOCATOR.size:-END.size]
+    if locator[:4] == b"PK\x06\x07":
+        ends -= LOCATOR.size + END_64.size
+        if LOCATOR.unpack(locator)[2] != ends or tail[ends - size:][:4] != b"PK\x06\x06":
+            return None
+        *_, length, at = END_64.unpack(tail[ends - size:][:END_64.size])
+    return ends if at + length == ends else None
 
 
 def _only_pickle(archive: zipfile.ZipFile, file: IO[bytes]) -> bytes:
@@ -74,7 +95,7 @@ def _only_pickle(archive: zipfile.ZipFile, file: IO[bytes]) -> bytes:
     if stored > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UnsafeFileError(f"its parts have {stored} bytes in a file of {size}, or are compressed, which torch.save "
                               "never does")
-    pickles = [member for member in members if member.filename.endswith("data.pkl")]
+    pickles = [member for member in members if member.filename.lower().endswith("data.pkl")]  # to torch A is a
     if len(pickles) != 1 or pickles[0].file_size > MOST_PICKLE:
         told = ", ".join(f"{member.filename} ({member.file_size} bytes)" for member in pickles[:4]) or "none"
         raise UnsafeFileError(f"expected one data.pkl of at most {MOST_PICKLE} bytes, found {told}")
@@ -82,13 +103,28 @@ def _only_pickle(archive: zipfile.ZipFile, file: IO[bytes]) -> bytes:
 
 
 def _check_pickle(raw: bytes) -> None:
-    """Raise UnsafeFileError naming what a pickle calls for beside plain tensors."""
+    """Raise UnsafeFileError naming what a pickle calls for beside plain tensors.
+
+    Names and texts alone may be meant again: a short pickle could build tuples of tuples that take years to hash, or
+    copy one dict a hundred thousand times.
+    """
+    again: set[Any] = set()  # what BINGET may fetch
+    before, tuples = "", 0
     for opcode, argument, _ in pickletools.genops(raw):
-        if opcode.name not in OPCODES or (opcode.name == "GLOBAL" and argument not in NAMES):
-            what = ".".join(str(argument).split()) if opcode.name == "GLOBAL" else f"the opcode {opcode.name}"
+        name = opcode.name
+        tuples += name.startswith("TUPLE")
+        if name not in OPCODES or (name == "GLOBAL" and argument not in NAMES):
+            what = ".".join(str(argument).split()) if name == "GLOBAL" else f"the opcode {name}"
             raise UnsafeFileError(f"its pickle calls for {what}, which plain tensors do not need: reading it could run "
                                   "code. Sparse, quantised and subclassed tensors, whole modules and training states "
                                   "are not read")
+        if name.endswith("BINPUT"):
+            (again.add if before in ("GLOBAL", "BINUNICODE") else again.discard)(argument)
+        if tuples > MOST_TUPLES or (name.endswith("BINGET") and argument not in again):
+            what = f"more than {MOST_TUPLES} tuples" if tuples > MOST_TUPLES else "one value in several places"
+            raise UnsafeFileError(f"its pickle has {what}, which can take memory and time without end. Save a flat "
+                                  "dict of tensors, each an object of its own")
+        before = name
 
 
 def _loaded(file: IO[bytes]) -> Any:
@@ -104,12 +140,13 @@ def _flat(found: Any) -> dict[str, Tensor]:
     """A flat dict of tensors and numbers. Raises SaeFormatError for any other content."""
     if not isinstance(found, dict):
         raise SaeFormatError(f"holds a {type(found).__name__}, expected a dict of tensors")
-    other = [f"{name!r} is a {type(value).__name__}" for name, value in found.items()
+    items = list(dict.items(found))  # an OrderedDict may have been given an `items` of its own
+    other = [f"{name!r:.80} is a {type(value).__name__}" for name, value in items
              if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (Tensor, int, float))]
     if other:
         raise SaeFormatError(f"expected a dict of tensors, but {', '.join(other[:10])}: a checkpoint from the middle "
                              "of a training, perhaps; the finished SAE's file holds tensors alone")
-    return {name: value if isinstance(value, Tensor) else _number(name, value) for name, value in found.items()}
+    return {name: value if isinstance(value, Tensor) else _number(name, value) for name, value in items}
 
 
 def _number(name: str, value: float) -> Tensor:
