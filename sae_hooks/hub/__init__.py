@@ -84,6 +84,7 @@ class SaeFile:
             check_finite(tensors)
             sae = dialect.build(self.entry, tensors, config)
             _check_promise(self.entry, sae)
+            _check_folded(sae, tensors)
             warn_odd_decoder(sae.W_dec)
         self._read_statistics(sae)
         if not self.source.local:
@@ -342,6 +343,15 @@ def _check_promise(entry: Entry, sae: SAE) -> None:
     if entry.width not in (None, sae.d_sae):
         raise SaeFormatError(f"the file is not what its name or config says: width is {sae.d_sae}, expected "
                              f"{entry.width}")
+
+
+def _check_folded(sae: SAE, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise SaeFormatError where what was computed from a file's finite values is not finite, as exp(r_mag) may be."""
+    read = {tensor.data_ptr() for tensor in tensors.values()}
+    try:
+        check_finite({name: p for name, p in sae.named_parameters() if p.data_ptr() not in read})
+    except SaeFormatError as error:
+        raise SaeFormatError(f"with its scales, norms or gains folded in, {error}") from error
 
 
 @contextlib.contextmanager

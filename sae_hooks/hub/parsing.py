@@ -64,7 +64,7 @@ def parse_yaml(raw: bytes, what: str) -> dict[str, Any]:
         raise SaeFormatError(f"the {what} is nested too deeply") from error
     except SaeFormatError as error:
         raise SaeFormatError(f"the {what} has {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last of 1:1:...:1.5 and "\\UFFFFFFFF"
         raise SaeFormatError(f"the {what} is not YAML in UTF-8: {' '.join(str(error).split())[:400]}") from error
     if not isinstance(value, dict):
         raise SaeFormatError(f"the {what} is a YAML {type(value).__name__}, expected a mapping")

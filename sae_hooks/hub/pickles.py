@@ -55,7 +55,8 @@ def read_pickle(path: Path, allowed: Collection[str]) -> dict[str, Tensor]:
         file.seek(0)
         found = _flat(_loaded(file))
     check_names(found, allowed)
-    return {name: _plain(name, value) for name, value in found.items()}
+    taken: set[int] = set()
+    return {name: _plain(name, value, taken) for name, value in found.items()}
 
 
 def _check_zip(file: IO[bytes]) -> None:
@@ -156,11 +157,15 @@ def _number(name: str, value: float) -> Tensor:
         raise SaeFormatError(f"{name} is no number that fits 64 bits") from error
 
 
-def _plain(name: str, tensor: Tensor) -> Tensor:
-    """The tensor on memory of its own. Raises UnsafeFileError for one that is larger than what the file has of it."""
-    stored, needed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
-    if needed > stored:
-        raise UnsafeFileError(f"{name} {tuple(tensor.shape)} has {needed} bytes, of which the file holds {stored}: a "
-                              "view that repeats its values. Save a contiguous copy")
+def _plain(name: str, tensor: Tensor, taken: set[int]) -> Tensor:
+    """The tensor on memory of its own; `taken` are the storages that others have, to which its own is added. Raises
+    UnsafeFileError for one that is larger than what the file has of it."""
+    storage, needed = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+    if needed > storage.nbytes():
+        raise UnsafeFileError(f"{name} {tuple(tensor.shape)} has {needed} bytes, of which the file holds "
+                              f"{storage.nbytes()}: a view that repeats its values. Save a contiguous copy")
     own = tensor.detach().resolve_neg()
-    return own if own.is_contiguous() and needed == stored else own.clone(memory_format=torch.contiguous_format)
+    if storage.data_ptr() in taken or not own.is_contiguous() or needed < storage.nbytes():
+        return own.clone(memory_format=torch.contiguous_format)
+    taken.add(storage.data_ptr())
+    return own

@@ -88,6 +88,8 @@ YAML = {
     "control characters": (b"a: \x01", "the config is not YAML in UTF-8"),
     "cut": (b"a: [1", "the config is not YAML in UTF-8: while parsing a flow sequence"),
     "half a number": (b"a: 0b_", "the config is not YAML in UTF-8"),
+    "an angle of 200 parts": (b"a: " + b"1:" * 200 + b"1.5", "the config is not YAML in UTF-8: int too large"),
+    "no character": (b'a: "\\UFFFFFFFF"', "the config is not YAML in UTF-8: Python int too large"),
     "empty": (b"", "the file is empty (0 bytes)"),
     "2 MB": (b"a: " + b"x" * 2**21, "larger than 1048576 bytes"),
 }

@@ -109,6 +109,13 @@ def test_a_view_becomes_a_contiguous_copy_without_the_memory_around_it(tmp_path)
     assert torch.equal(found["b_dec"], large[3])
 
 
+def test_two_tensors_of_one_memory_are_each_on_its_own(tmp_path):
+    both = torch.arange(16.0)
+    found = read(saved(tmp_path, {"W_enc": both.view(4, 4), "W_dec": both.view(2, 8)}))
+    found["W_enc"].zero_()
+    assert torch.equal(found["W_dec"], both.view(2, 8))
+
+
 def test_a_tensor_that_is_only_marked_as_negated_is_negated(tmp_path):
     found = read(saved(tmp_path, {"b_dec": torch._neg_view(tensors()["b_dec"])}))
     assert not found["b_dec"].is_neg()

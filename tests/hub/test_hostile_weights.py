@@ -296,6 +296,19 @@ def test_27_values_that_a_dtype_cannot_hold_are_refused_not_infinite(random_mode
     assert load_sae(tmp_path, dtype=torch.bfloat16).W_enc.isfinite().all()
 
 
+def test_27_finite_weights_whose_gains_make_them_infinite_are_refused(tmp_path):
+    config = {"architecture": "gated", "d_in": 4, "d_sae": 8, "apply_b_dec_to_input": False,
+              "normalize_activations": "none", "metadata": {"hook_name": "blocks.1.hook_resid_post"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    tensors = {"W_enc": torch.ones(4, 8), "b_gate": torch.ones(8), "b_mag": torch.ones(8), "r_mag": torch.zeros(8),
+               "W_dec": torch.ones(8, 4), "b_dec": torch.ones(4)}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    assert load_sae(tmp_path).d_sae == 8
+    save_file(tensors | {"r_mag": torch.arange(8.0) * 14}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(SaeFormatError, match=r"sae_weights.*gains folded in, W_enc has 4 NaN or infinite.*\(0, 7\)"):
+        load_sae(tmp_path)
+
+
 def test_weights_and_statistics_are_read_and_written_whatever_the_default_device_is(random_sae, tmp_path):
     sae = random_sae(32, 64, "model.layers.1.output")
     sae.statistics = FeatureStatistics(9, *[torch.ones(64)] * 3, torch.ones(3, 64))
