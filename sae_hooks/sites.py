@@ -227,7 +227,7 @@ def _by_suffix(path: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _unknown(model: nn.Module, path: str, modules: dict[str, nn.Module]) -> str:
-    number = re.search(r"\.(\d+)(\.|$)", path)
+    number = re.search(r"\.(\d{1,9})(\.|$)", path)
     try:
         depth = len(resolve(model, layers_path(model) + ".output").module)  # type: ignore[arg-type]
     except SiteError:

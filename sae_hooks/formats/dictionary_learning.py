@@ -43,7 +43,7 @@ WHOLE = ("k", "group_sizes")  # integers, which older files do not have; all gro
 UNSET = -1.0
 NAMES = frozenset(name for names in CLASSES.values() for name in names)
 PLACE = re.compile(r"(?:^|/)(\w+?)_layer_(\d+)(?:_checkpoints)?(?=/)")
-NAMED = re.compile(r"(\w+)_layer_(\d+)")
+NAMED = re.compile(r"(\w+)_layer_(\d{1,9})")
 UNFINISHED = re.compile(r"_checkpoints/|(?:^|/)trainer_\d+_step_\d+/")
 sites = residual_stream
 

@@ -11,7 +11,7 @@ import re
 SIDES = ("output", "input", "normalized")
 PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*))+")
 PLACE = re.compile(r"(?:(?!__\w+__\.)[A-Za-z0-9_-]+\.)+(?:output|input|normalized)")  # any module, but for dunder names
-LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d+)\b")
+LAYER = re.compile(r"\b(?:layers|h|blocks|block)\.(\d{1,9})\b")  # of thousands of digits, Python makes no number
 # What stands before the decoder layers of one and the same model, here and there: it names no other stack of layers.
 WRAPPERS = frozenset({"model", "language_model", "text_model", "base_model", "backbone", "transformer", "gpt_neox",
                       "decoder", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

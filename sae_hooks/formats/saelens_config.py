@@ -67,7 +67,7 @@ def read(config: Mapping[str, Any]) -> Recipe:
     """Check a cfg.json and bring it into one shape. Raises SaeFormatError naming the key."""
     facts = section(config, "metadata")
     version = text(config, "sae_lens_version") or text(facts, "sae_lens_version") or "0"
-    new = int(re.match(r"\d*", version)[0] or 0) >= 6  # type: ignore[index]
+    new = int(re.match(r"\d{0,9}", version)[0] or 0) >= 6  # type: ignore[index]
     cfg = dict(config) if new else _modern(config)
     if not new:
         facts = {k: cfg[k] for k in OLD_FACTS if cfg.get(k) is not None} | facts

@@ -12,7 +12,15 @@ import pytest
 import torch
 from hub.files import D, F, arrays, write_npz
 
-from sae_hooks.errors import SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
+from sae_hooks import attach_saes
+from sae_hooks.errors import (
+    SaeFormatError,
+    SaeMismatchError,
+    SaeNotFoundError,
+    SaeWarning,
+    SiteError,
+    UnsafeFileError,
+)
 from sae_hooks.formats import gemma_scope
 from sae_hooks.formats.entry import d_in_from_size
 from sae_hooks.hub import find_saes, list_saes, load_sae, save_pretrained
@@ -357,3 +365,23 @@ def test_read_tensors_refuses_names_before_it_reads_data(tmp_path, cheap):
     np.savez(path, W_enc=np.zeros(2), extra=np.zeros(2**21))
     with cheap(megabytes=4), pytest.raises(UnsafeFileError, match="'extra'"):
         read_tensors(path, gemma_scope.NAMES)
+
+
+LONG = "1" * 5000  # Python makes no number of more than 4,300 digits
+
+
+@pytest.mark.parametrize(("name", "content", "weights"), [
+    ("cfg.json", {"hook_name": f"blocks.{LONG}.hook_resid_post", "d_in": D, "d_sae": F}, "sae_weights.safetensors"),
+    ("cfg.json", {"hook_name": "hook_mlp", "sae_lens_version": LONG, "d_in": D, "d_sae": F}, "sae_weights.safetensors"),
+    ("config.json", {"trainer": {"dict_class": "AutoEncoder", "submodule_name": f"a_layer_{LONG}"}}, "ae.pt"),
+], ids=["a hook", "a version", "a submodule"])
+def test_18_a_layer_of_thousands_of_digits_is_none_and_does_not_take_the_other_saes_along(name, content, weights,
+                                                                                          tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / weights).write_bytes(b"never looked at")
+    assert [entry.layer for entry in list_saes(tmp_path)] == [None]
+
+
+def test_18_a_site_in_a_layer_of_thousands_of_digits_is_none_of_a_model(random_model, random_sae):
+    with pytest.raises(SiteError, match="has no module"):
+        attach_saes(random_model("Llama"), random_sae(32, 64, f"model.layers.{LONG}.output"))
