@@ -10,6 +10,7 @@ from ..errors import SaeFormatError
 from .config import LIMITS, number, section, size, switch, text
 
 GATES = ("jumprelu", "topk", "relu")
+MOST_THRESHOLD = 1e38  # float32 ends at 3.4e38
 NOT_FOLDABLE = {"token-wise": "it rescales each token", "batch-wise": "it rescales each batch"}
 
 
@@ -93,8 +94,8 @@ def _gate(config: Mapping[str, Any], first: bool) -> tuple[str, int | None, floa
     threshold = number(config, "jump_relu_threshold") if first else None
     if gate == "topk" and threshold:
         gate = "jumprelu"
-    if first and gate == "jumprelu" and not (threshold is not None and 0 <= threshold < float("inf")):
-        raise SaeFormatError(f"jump_relu_threshold must be a number from 0 on, got {threshold}")
+    if first and gate == "jumprelu" and not (threshold is not None and 0 <= threshold <= MOST_THRESHOLD):
+        raise SaeFormatError(f"jump_relu_threshold must be a number from 0 to {MOST_THRESHOLD}, got {threshold}")
     k = size(config, "top_k") if gate == "topk" else None
     if gate == "topk" and k is None:
         raise SaeFormatError("act_fn is 'topk', but top_k is missing")

@@ -159,8 +159,9 @@ def test_a_config_that_cannot_be_followed_is_refused_by_its_key(config, tells, l
     ({"dataset_average_activation_norm": {"in": 1, "out": -2}}, "of 'out' must be a norm above 0, got -2"),
     ({"dataset_average_activation_norm": {"in": True, "out": 1}}, "in must be a number, got True"),
     ({"dataset_average_activation_norm": 3}, "dataset_average_activation_norm must be an object"),
-    ({"jump_relu_threshold": None}, "jump_relu_threshold must be a number from 0 on, got None"),
-    ({"jump_relu_threshold": -0.5}, "jump_relu_threshold must be a number from 0 on, got -0.5"),
+    ({"jump_relu_threshold": None}, "jump_relu_threshold must be a number from 0 to 1e.38, got None"),
+    ({"jump_relu_threshold": -0.5}, "jump_relu_threshold must be a number from 0 to 1e.38, got -0.5"),
+    ({"jump_relu_threshold": 1e39}, "jump_relu_threshold must be a number from 0 to 1e.38, got 1e.39"),
 ])
 def test_thresholds_and_norms_of_2024_are_checked(config, tells):
     with pytest.raises(SaeFormatError, match=tells):
