@@ -194,3 +194,12 @@ def test_weights_with_nan_are_refused_by_file_and_tensor(tmp_path):
     write_layer(folder, 0, b_enc=bad)
     with pytest.raises(SaeFormatError, match=r"layer_0\.safetensors: b_enc has 1 NaN or infinite values"):
         load_sae(folder, layer=0)
+
+
+def test_a_config_of_something_else_without_any_weights_is_told_as_that(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rate: 0.1\n")
+    with pytest.raises(SaeFormatError, match=r"no weights are here, and in the config model_kind is None"):
+        load_sae(tmp_path)
+    (tmp_path / "layer_0.safetensors").write_bytes(b"never looked at")
+    with pytest.raises(SaeFormatError, match=r"config\.yaml: model_kind is None"):
+        load_sae(tmp_path)
