@@ -68,8 +68,8 @@ def refine(entry: Entry, config: dict[str, Any]) -> Entry:
         return replace(entry, kind="clt", model_name=model)
     if kind != "transcoder_set":
         none = "no weights are here, and in the config " if entry.weights == entry.config else ""
-        raise SaeFormatError(f"{none}model_kind is {kind!r}; in a config.yaml of circuit-tracer it is 'transcoder_set' or "
-                             "'cross_layer_transcoder', and no other is known to go with layer_N.safetensors")
+        raise SaeFormatError(f"{none}model_kind is {kind!r}; in a config.yaml of circuit-tracer it is 'transcoder_set' "
+                             "or 'cross_layer_transcoder', and no other is known to go with layer_N.safetensors")
     _refuse_elsewhere(entry, config)
     hooks = [text(config, key) for key in ("feature_input_hook", "feature_output_hook")]
     if None in hooks:
