@@ -156,6 +156,11 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
                                + summary(offered, unread))
     fitting = _safest(_best_told(fitting, want, where))
     fitting = [entry for entry in fitting if want.path and entry.site == want.path] or fitting
+    return sorted(_best(fitting, want, where), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
+
+
+def _best(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:
+    """The first by rank for each site. Raises SaeNotFoundError where an L0 was given and of several none is known."""
     best: dict[tuple[str | None, str | None], Entry] = {}
     for entry in sorted(fitting, key=lambda entry: _rank(entry, want)):
         best.setdefault((entry.site, entry.site_out), entry)
@@ -164,7 +169,7 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
         if len(alike) > 1:
             raise SaeNotFoundError(f"{where}: l0={want.l0:g} chooses none of several SAEs of {one.site}, for no L0 of "
                                    f"them is known; name the folder of one: {', '.join(alike)}")
-    return sorted(best.values(), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
+    return list(best.values())
 
 
 def _readable(fitting: list[Entry]) -> list[Entry]:
