@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, text
-from .entry import Entry, all_of_them
+from .entry import WEIGHTS, Entry, all_of_them
 from .hook_names import kind_of, to_site
 from .weights import orient, require
 
@@ -29,7 +29,6 @@ THRESHOLD = "activation_function.threshold"
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "W_skip", THRESHOLD})
 PLACE = re.compile(r"layer_(\d+)\.safetensors")
 CROSS_LAYER = re.compile(r"W_enc_(\d+)\.safetensors")
-WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FEATURES = "features"  # the folder of what its dashboards show, which ends in .bin and is no weights
 GATES = {None: "relu or jumprelu", "relu": "relu", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
 default = all_of_them

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
+WEIGHTS = (".safetensors", ".npz", *PICKLES)
 
 
 @dataclass(frozen=True, kw_only=True)

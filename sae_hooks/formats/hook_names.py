@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from ..sites import ATTN_OUT, MLP_OUT
+
 SIDES = ("output", "input", "normalized")
 PATH = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?:\.(?:\d+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*))+")
 PLACE = re.compile(r"(?:(?!__\w+__\.)[A-Za-z0-9_-]+\.)+(?:output|input|normalized)")  # any module, but for dunder names
@@ -39,13 +41,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {
     r"llama|mistral|qwen|smollm|\bgemma-(?:[27]b|1\.1)\b": ("model.layers", "model.embed_tokens", LLAMA),
 }
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
-KINDS = {"output": "resid_post", "self_attn.o_proj.input": "attn_out", "attn.c_proj.input": "attn_out",
-         "attention.dense.input": "attn_out", "mlp.output": "mlp_out", "post_feedforward_layernorm.output": "mlp_out",
-         "hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out"}
-KINDS |= dict.fromkeys(("post_mlp_layernorm.output", "post_ffn_norm.output", "mlp.dense_4h_to_h.output",
-                        "feed_forward.output", "fc2.output"), "mlp_out")
-KINDS |= dict.fromkeys(("attn.out_proj.input", "attn.attention.out_proj.input", "self_attn.out_proj.input",
-                        "self_attention.dense.input", "self_attn.dense.input"), "attn_out")
+KINDS = {"output": "resid_post", "hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out", "attn.hook_z": "attn_out",
+         **dict.fromkeys(MLP_OUT, "mlp_out"), **dict.fromkeys(ATTN_OUT, "attn_out")}
 
 
 def to_site(name: str, model_name: str | None = None) -> str | None:

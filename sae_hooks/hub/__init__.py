@@ -135,7 +135,8 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     """The SAEs that are meant, one for each site, in the order of layers. Reads no weights.
 
     No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"). Without `site`, Gemma Scope
-    gives no embedding, Gemma Scope 2 the residual stream alone, and any other source all kinds that it has. `site`:
+    and sparsify give no embedding, Gemma Scope 2 the residual stream alone, dictionary_learning too where folders tell
+    it, Llama Scope one of the texts that it was trained on, and any other source all kinds that it has. `site`:
     "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins.
     `allow_pickle`: whether weights that PyTorch pickled may be read, by its weights_only loader, which runs no code of
     the file; where other files fit, they are meant. Raises SaeNotFoundError listing what there is, SaeDownloadError;

@@ -33,19 +33,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     """The JSON object in these bytes, under the rules of read_config. Raises SaeFormatError."""
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
-                           parse_float=_finite, parse_int=_short)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
-    except RecursionError as error:
-        raise SaeFormatError(f"the {what} is nested too deeply") from error
-    except SaeFormatError as error:
-        raise SaeFormatError(f"the {what} has {error}") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, UnicodeEncodeError
-        raise SaeFormatError(f"the {what} is not JSON in UTF-8: {error}") from error
-    if not isinstance(value, dict):
-        raise SaeFormatError(f"the {what} is a JSON {type(value).__name__}, expected an object")
-    return value
+    strict: dict[str, Any] = {"object_pairs_hook": _no_duplicates, "parse_constant": _no_constant,
+                              "parse_float": _finite, "parse_int": _short}
+    return _parsed(raw, what, "JSON", "an object", lambda text: json.loads(text, **strict), (ValueError,))
 
 
 def parse_yaml(raw: bytes, what: str) -> dict[str, Any]:
@@ -56,18 +46,29 @@ def parse_yaml(raw: bytes, what: str) -> dict[str, Any]:
     """
     import yaml
 
+    def read(text: str) -> Any:
+        loader = yaml.SafeLoader(text)
+        return _document(_events(loader), loader)
+
+    wrong = (yaml.YAMLError, ValueError, OverflowError)  # the last of 1:1:...:1.5 and "\\UFFFFFFFF"
+    return _parsed(raw, what, "YAML", "a mapping", read, wrong)
+
+
+def _parsed(raw: bytes, what: str, language: str, expected: str, read: Callable[[str], Any],
+            wrong: tuple[type[Exception], ...]) -> dict[str, Any]:
+    """What `read` makes of a text in a language, which is to be what is expected; wrong: what it raises for others."""
     try:
-        loader = yaml.SafeLoader(raw.decode("utf-8-sig"))
-        value = _document(_events(loader), loader)
+        value = read(raw.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except RecursionError as error:
         raise SaeFormatError(f"the {what} is nested too deeply") from error
     except SaeFormatError as error:
         raise SaeFormatError(f"the {what} has {error}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last of 1:1:...:1.5 and "\\UFFFFFFFF"
-        raise SaeFormatError(f"the {what} is not YAML in UTF-8: {' '.join(str(error).split())[:400]}") from error
+    except wrong as error:
+        told = " ".join(str(error).split())[:400]
+        raise SaeFormatError(f"the {what} is not {language} in UTF-8: {told}") from error
     if not isinstance(value, dict):
-        raise SaeFormatError(f"the {what} is a YAML {type(value).__name__}, expected a mapping")
+        raise SaeFormatError(f"the {what} is a {language} {type(value).__name__}, expected {expected}")
     return value
 
 

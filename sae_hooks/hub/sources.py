@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import SaeDownloadError, SaeNotFoundError, SaeWarning, UnsafeFileError
-from ..formats.entry import PICKLES
+from ..formats.entry import WEIGHTS
 from .failures import hub_errors, persist, transient
 from .safe_files import check_contained
 
 MOST_FILES = 200_000
-WEIGHTS = (".safetensors", ".npz", *PICKLES)
 STATISTICS = "feature_statistics.safetensors"
 # What goes with a weight file that is named itself.
 BESIDE = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", STATISTICS)
@@ -82,10 +81,8 @@ class LocalSource:
         if not path.is_dir() and not path.is_file():
             raise SaeNotFoundError(f"{path} is neither a folder nor a regular file")
         path = Path(os.path.abspath(path))
-        self.root = path if path.is_dir() else path.parent
-        if not path.is_dir() and self.root.name == "checkpoints" and (self.root.parent / "hyperparams.json").is_file():
-            self.root = self.root.parent  # Llama Scope of 2024
-        self.only = None if path.is_dir() else path.relative_to(self.root).as_posix()
+        self.only = None if path.is_dir() else _in_its_folder(path.as_posix())
+        self.root = path if self.only is None else Path(path.as_posix().removesuffix(self.only))
         self.name = self.root.as_posix()
 
     def files(self) -> Mapping[str, int]:
@@ -136,9 +133,8 @@ class HubSource:
         with hub_errors(asked, repo_id, "open"):
             self.commit = self._resolve(revision)
         if folder.endswith(WEIGHTS) and folder in self._everything():  # a folder may be named so, too
-            first = folder.endswith("/checkpoints/final.safetensors")  # Llama Scope of 2024
-            self.folder = "/".join(folder.split("/")[:-2 if first else -1])
-            self.only = folder.removeprefix(self.folder).lstrip("/")
+            self.only = _in_its_folder(folder)
+            self.folder = folder.removesuffix(self.only).rstrip("/")
         self.name = f"{repo_id}/{self.folder}".rstrip("/")
 
     def files(self) -> Mapping[str, int]:
@@ -271,6 +267,12 @@ class HubSource:
         except Exception:
             return {}
         return dict(LocalSource(Path(root)).files())
+
+
+def _in_its_folder(path: str) -> str:
+    """The name of a weight file in the folder of its SAE, where its config is: with Llama Scope's of 2024 one above."""
+    names = path.split("/")
+    return "/".join(names[-2 if names[-2:] == ["checkpoints", "final.safetensors"] else -1:])
 
 
 def _wrong_hash(path: Path) -> str:
