@@ -14,7 +14,7 @@ from .decoding import (
     reconstruct_topk,
     splice_few,
 )
-from .encoding import encode, encode_sparse, encode_topk, find_above, nonzero_csr
+from .encoding import encode, encode_sparse, encode_topk, find_above, find_largest, nonzero_csr
 from .gradients import encode_with_gradient, pre_activations, reconstruct_with_gradient
 from .search import above, gated, keep_largest, largest, topk_gate
 from .segments import (
@@ -51,6 +51,7 @@ __all__ = [
     "encode_topk",
     "encode_with_gradient",
     "find_above",
+    "find_largest",
     "gated",
     "held_together",
     "is_bare",

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
+from .encoding import find_largest
 from .screen import Candidates, decided, screens
-from .search import above, by_numpy, count, exceeding, gated, keep_largest, largest, marked, mask_, not_zero, on_cpu
+from .search import above, count, exceeding, gated, keep_largest, marked, mask_, not_zero, on_cpu
 from .segments import triton_for, weighted_sums
 from .signs import Signs, signs_for
 from .tiles import (
@@ -134,8 +135,11 @@ def reconstruct_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int, W_dec: Ten
     if x.is_cpu and is_little(x, W_dec):
         acts = keep_largest(linear(x, W_rows, bias), k)
         return _dense(cast(b_dec, acts.dtype), acts, W_dec)
-    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in held_together(x, len(W_rows))]
     dtype = wide(x, W_rows)
+    if x.is_cpu:
+        found = compressed(find_largest(x, W_rows, bias, k), len(x))
+        return weighted_sums(*found, W_dec, cast(b_dec, dtype), nothing_or_nan(x, dtype))
+    parts = [_sums_of_largest(linear(x[t], W_rows, bias), k, W_dec) for t in held_together(x, len(W_rows))]
     sums = torch.cat(parts) if parts else x.new_zeros(0, W_dec.shape[1], dtype=dtype)
     return sums.add_(b_dec).add_(nothing_or_nan(x, dtype))
 
@@ -293,9 +297,7 @@ def _sums(found: Triplets, n: int, W_dec: Tensor) -> Tensor:
 
 
 def _sums_of_largest(pre: Tensor, k: int, W_dec: Tensor) -> Tensor:
-    """What the k largest positive entries of each row of pre are decoded to, without b_dec."""
-    if by_numpy(pre):
-        return _sums(largest(pre, k), len(pre), W_dec)
+    """What the k largest positive entries of each row of pre are decoded to, without b_dec; in no order."""
     values, columns = pre.topk(k, dim=-1, sorted=False)
     starts = torch.arange(len(pre) + 1, device=pre.device) * k  # known before any is found: no GPU waits
     return weighted_sums(starts, columns.reshape(-1), values.clamp(min=0).reshape(-1), W_dec)

@@ -22,9 +22,11 @@ from .tiles import (
     linear,
     ready,
     room_for_tiles,
+    slices,
     unadded,
     wide,
 )
+from .topk_screen import topk_screen_for
 from .triplets import Csr, Triplets, by_row, compressed, joined, moved
 
 
@@ -102,12 +104,23 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
 
 
 def find_largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
-    """(rows, columns, values) of those, by row, then by column; holds TOPK_SIZE pre-activations, or those of one token.
-    """
+    """(rows, columns, values) of those, by row, then by column; holds TOPK_SIZE pre-activations, or those of one token;
+    where they are screened, HELD products."""
+    bias = cast(bias, wide(x, W_rows))
+    x = ready(x, W_rows)
+    if (screen := topk_screen_for(x, W_rows, bias, k)) is None:
+        return _largest_of_all(x, W_rows, bias, k)
     found = []
-    for t in held_together(x, len(W_rows)):
-        found.append(moved(largest(linear(x[t], W_rows, bias), k), t.start, 0))
-    return joined(found, x.to(wide(x, W_rows)))
+    for t in slices(len(x), screen.tokens):
+        part = screen.largest(x[t])
+        found.append(moved(_largest_of_all(x[t], W_rows, bias, k) if part is None else part, t.start, 0))
+    return joined(found, bias)
+
+
+def _largest_of_all(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
+    """The same of all pre-activations of some tokens after the other."""
+    tokens = held_together(x, len(W_rows))
+    return joined([moved(largest(linear(x[t], W_rows, bias), k), t.start, 0) for t in tokens], bias)
 
 
 def nonzero_csr(acts: Tensor) -> Csr:

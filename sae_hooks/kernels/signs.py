@@ -33,14 +33,18 @@ LOST_OF = 128  # rows whose rounding is measured at once
 def signs_for(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Signs | None:
     """What finds the features of x (n, d) by signs, rows (m, d), bias and threshold (m), where that pays: on a CPU, of
     many float32 activations, no gradients wanted."""
+    if not is_screened(x, rows, bias) or share_above(x, rows, bias, threshold, PROBED) > MOST / 2:
+        return None
+    return Signs(Most(TOGETHER, min(TILE, min(len(x), TOGETHER) * max(ROWS // x.shape[1], 1))))
+
+
+def is_screened(x: Tensor, rows: Tensor, bias: Tensor) -> bool:
+    """Whether products of x (n, d) and rows (m, d) in bfloat16 may be made first, and are so much quicker that this can
+    pay."""
     if not (HAS_BFLOAT16 and x.is_cpu and torch.backends.mkldnn.enabled) or x.dtype != torch.float32:
-        return None
+        return False
     n, m = len(x), len(rows)
-    if n < TOKENS or n * m < PAIRS or x.shape[1] < WIDTH or not is_untraced(x, rows, bias):
-        return None
-    if share_above(x, rows, bias, threshold, PROBED) > MOST / 2:
-        return None
-    return Signs(Most(TOGETHER, min(TILE, min(n, TOGETHER) * max(ROWS // x.shape[1], 1))))
+    return n >= TOKENS and n * m >= PAIRS and x.shape[1] >= WIDTH and is_untraced(x, rows, bias)
 
 
 def share_above(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor, probed: tuple[int, int]) -> float:
@@ -70,11 +74,11 @@ class Signs:
         if self._vain * VAIN_IN >= self._tiles:
             return None
         if self._tokens is None or self._tokens[0] is not x:
-            self._tokens = x, _low_tokens(x)
+            self._tokens = x, low_tokens(x)
         low_x = self._tokens[1]
         if low_x is None or (low_rows := self._of_features(rows, bias, threshold)) is None:
             return None
-        self._sums = _grown(self._sums, len(x) * len(rows))
+        self._sums = grown(self._sums, len(x) * len(rows))
         sums = torch.mm(low_x, low_rows.T, out=within(self._sums, len(x), len(rows)))
         signs = sums.view(torch.int16)
         marks = exceeding(signs, signs.new_tensor(-1))
@@ -86,22 +90,27 @@ class Signs:
         return tokens, features, values + bias.index_select(0, features)
 
     def _of_features(self, rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor | None:
-        """(features, d + BESIDE) in bfloat16, which `_low_tokens` are multiplied by."""
+        """(features, d + BESIDE) in bfloat16, which `low_tokens` are multiplied by; None where some are not finite."""
         m, d = rows.shape
-        self._low_rows = _grown(self._low_rows, m * (d + BESIDE))
+        self._low_rows = grown(self._low_rows, m * (d + BESIDE))
         out = within(self._low_rows, m, d + BESIDE)
-        low = out[:, :d].copy_(rows)
-        size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING
-        above = bias - threshold
-        out[:, d] = _not_below(size)
-        out[:, d + 1] = 0 if rows.dtype == torch.bfloat16 else _not_below(_lost(rows, low))
-        out[:, d + 2] = above
-        rest = above - out[:, d + 2]
-        out[:, d + 3] = torch.where(rest.isfinite(), _not_below(rest), 0)
-        return out if bool(size.isfinite().all()) else None
+        out[:, d:] = beside(rows, out[:, :d].copy_(rows), bias - threshold)
+        return out if bool(out[:, d].isfinite().all()) else None
 
 
-def _low_tokens(x: Tensor) -> Tensor | None:
+def beside(rows: Tensor, low: Tensor, above: Tensor, error: Tensor | float = 0.0) -> Tensor:
+    """(features, BESIDE) in bfloat16, what stands beside rows (features, d) that are rounded to low: how long they are,
+    how long what they lost, and `above` (features) plus an error that it may have, in two parts."""
+    out = low.new_empty(len(rows), BESIDE)
+    out[:, 0] = _not_below(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING)
+    out[:, 1] = 0 if rows.dtype == torch.bfloat16 else _not_below(_lost(rows, low))
+    out[:, 2] = above
+    rest = above - out[:, 2] + error
+    out[:, 3] = torch.where(rest.isfinite(), _not_below(rest), 0)
+    return out
+
+
+def low_tokens(x: Tensor) -> Tensor | None:
     """(tokens, d + BESIDE) in bfloat16, of x (tokens, d) in float32; None where some are not finite."""
     n, d = x.shape
     out = x.new_empty(n, d + BESIDE, dtype=torch.bfloat16)
@@ -123,6 +132,6 @@ def _not_below(numbers: Tensor) -> Tensor:
     return numbers + 2 * ROUNDING * numbers.abs()
 
 
-def _grown(room: Tensor, size: int) -> Tensor:
+def grown(room: Tensor, size: int) -> Tensor:
     """room, or more, if that is less than size numbers."""
     return room if room.numel() >= size else room.new_empty(size)
