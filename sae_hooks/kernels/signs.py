@@ -98,14 +98,14 @@ class Signs:
         return out if bool(out[:, d].isfinite().all()) else None
 
 
-def beside(rows: Tensor, low: Tensor, above: Tensor, error: Tensor | float = 0.0) -> Tensor:
+def beside(rows: Tensor, low: Tensor, above: Tensor) -> Tensor:
     """(features, BESIDE) in bfloat16, what stands beside rows (features, d) that are rounded to low: how long they are,
-    how long what they lost, and `above` (features) plus an error that it may have, in two parts."""
+    how long what they lost, and `above` (features) in two parts."""
     out = low.new_empty(len(rows), BESIDE)
     out[:, 0] = _not_below(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) + VANISHING)
     out[:, 1] = 0 if rows.dtype == torch.bfloat16 else _not_below(_lost(rows, low))
     out[:, 2] = above
-    rest = above - out[:, 2] + error
+    rest = above - out[:, 2]
     out[:, 3] = torch.where(rest.isfinite(), _not_below(rest), 0)
     return out
 

@@ -4,16 +4,15 @@ instructions for them.
 As in signs.py, columns beside the rounded matrices make their product no less than the exact one. It gives a guess at
 each token's k-th largest activation; only features whose product is not below the guess are computed anew. If k of
 those are not below it either, the k largest are among them, however the guess was made. Where fewer are, it was too
-high, and all of the token's features are computed.
+high, and all of the token's features are computed. (Sums lose more beside a bias that is larger than the product, but
+less than half of a bfloat16 number's last place, so that rounding to the nearest one makes up for it.)
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .screen import SUMMING
 from .search import GROUPS, count, exceeding, group_maxima, kth_of, largest, marked, most_of_each
 from .segments import dots, starts_of
 from .signs import BESIDE, LOST_OF, MOST, beside, grown, is_screened, low_tokens
@@ -41,9 +40,7 @@ class TopkScreen:
     def __init__(self, rows: Tensor, bias: Tensor, k: int) -> None:
         self.rows, self.bias, self.k = rows, bias, k
         self.tokens = max(HELD // len(rows), FEWEST)  # at a time
-        error = 3 * SUMMING * (rows.shape[1] + BESIDE) * bias.clamp(min=0)  # beside a bias the terms' sum loses more
-        self._beside = torch.cat([beside(rows[f], rows[f].bfloat16(), bias[f], error[f])
-                                  for f in slices(len(rows), LOST_OF)])
+        self._beside = torch.cat([beside(rows[f], rows[f].bfloat16(), bias[f]) for f in slices(len(rows), LOST_OF)])
         lengths = self._beside[:, :2].float()
         self._usual = lengths.mean(0) + LONG * lengths.std(0, correction=0)
         self._pays = bool(self._beside.isfinite().all())
@@ -84,7 +81,7 @@ class TopkScreen:
         """What is likely not above each token's k-th largest entry, and not below 0: (n, 1), integers as above."""
         size = max(len(self.rows) // (GROUPS * self.k), 1)
         maxima = torch.cat([group_maxima(part, min(size, part.shape[1])) for part in products], 1)
-        high = torch.from_numpy(np.maximum(kth_of(maxima, self.k), 0)).view(torch.bfloat16).float()
+        high = torch.from_numpy(kth_of(maxima, self.k)).view(torch.bfloat16).float()
         error = low_x[:, -BESIDE:-BESIDE + 2].float() @ self._usual
         guess = (high * CLOSE - error[:, None]).clamp(min=0)
         return (guess.view(torch.int32) >> 16).short()

@@ -130,6 +130,24 @@ def test_one_token_in_many_with_a_guess_too_high_is_computed_whole(used, monkeyp
     assert None not in used
 
 
+def test_activations_of_zero_are_none(used):
+    x, W_rows, bias, _ = parts_of(n=10)
+    x[3] = 0
+    found = kernels.find_largest(x, W_rows, bias * 0, K)
+    assert torch.bincount(found[0], minlength=10).tolist() == [K, K, K, 0, *[K] * 6]
+    assert None not in used
+
+
+def test_what_is_as_large_as_the_guess_is_a_candidate(monkeypatch):
+    """256.9 rounds to 256, the guess; 256.5 has so long a row that it might be more than 257."""
+    x, rows = torch.ones(1, 33), torch.zeros(2, 33)
+    rows[0, :2] = torch.tensor([256.0, 115 / 128])
+    rows[1, :2] = torch.tensor([1000.3, 256.5 - 1000.3])
+    code = torch.tensor([[256.0]]).bfloat16().view(torch.int16)
+    monkeypatch.setattr(topk_screen.TopkScreen, "_guess", lambda *_: code)
+    assert kernels.find_largest(x, rows, torch.zeros(2), 1)[1].tolist() == [0]
+
+
 def test_too_many_candidates_are_left_to_the_exact_product(used, monkeypatch):
     x, W_rows, bias, _ = parts_of(n=40)
     monkeypatch.setattr(topk_screen, "MOST", 0.2)
