@@ -11,7 +11,6 @@ as they are: a rounding error at the threshold would be an error of the threshol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -20,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_hooks.kernels import Triplets, affine, dots, find_above, stable_order, starts_of, triton_for, weighted_sums
+from sae_hooks.kernels import (
+    Triplets,
+    affine,
+    dots,
+    find_above,
+    find_largest,
+    stable_order,
+    starts_of,
+    triton_for,
+    weighted_sums,
+)
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -29,7 +38,6 @@ DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one,
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.009  # ... on GPUs, whose products are quicker: the first by arithmetic only
 
 Form = Literal["auto", "dense", "sparse"]
-Select = Callable[[Tensor], Triplets]
 
 
 @dataclass(frozen=True)
@@ -173,11 +181,11 @@ def encode(x: Tensor, encoder: Encoder, floor: Tensor, form: Form = "auto") -> C
     "auto" takes the dense form where more of the pairs than `dense_from` says would be held.
     """
     if form == "sparse" or (form == "auto" and _is_sparse(x, encoder, floor)):
-        found = _found(x, encoder, floor)
+        found = above(x, encoder, floor)
         if encoder.held is not None:
             encoder.held.share = len(found[0]) / (len(x) * encoder.d_sae)
-        return _sparse(x, encoder, found)
-    return DenseCode(_product(x, encoder.W_enc, encoder.bias()))
+        return encode_found(x, encoder, found)
+    return DenseCode(product(x, encoder.W_enc, encoder.bias()))
 
 
 def dense_from(device: str, bf16: bool) -> float:
@@ -185,10 +193,26 @@ def dense_from(device: str, bf16: bool) -> float:
     return DENSE_FROM if device == "cpu" else BF16_DENSE_FROM if bf16 else GPU_DENSE_FROM
 
 
-def encode_chosen(x: Tensor, encoder: Encoder, choose: Select, *, whole: bool = False) -> SparseCode:
-    """The features of x (batch, d_in) that choose(pre (tokens, d_sae)) gives as (rows, columns, values), by row and
-    then by column: of some tokens at a time, or of the whole batch at once."""
-    return _sparse(x, encoder, _chosen(x, encoder, choose, len(x) if whole else CHUNK))
+def encode_found(x: Tensor, encoder: Encoder, found: Triplets) -> SparseCode:
+    """The features of x (batch, d_in) that were found: (rows, columns, pre-activations), by row and then by column."""
+    rows, features, pre = found
+    narrow = None if triton_for(x) is None else _multiplied_in(x)  # PyTorch's own operations sum halves more slowly
+    pairs = Pairs(starts_of(rows, len(x)), rows.int(), features.int(), pre, encoder.d_sae, encoder.factors, narrow)
+    pre = _Pre.apply(x, encoder.W_enc, encoder.b_enc, encoder.centre, pairs)  # type: ignore[no-untyped-call]
+    return SparseCode(pre, pairs)
+
+
+@torch.no_grad()
+def above(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None)) -> Triplets:
+    """(rows, columns, pre-activations) of what exceeds floor (d_sae), of all features or of some."""
+    rows, bias = encoder.W_enc.t()[which], encoder.bias()[which]
+    return find_above(x, rows, bias, floor[which], multiply=_multiplied_in(x))
+
+
+@torch.no_grad()
+def largest_of_each(x: Tensor, encoder: Encoder, k: int) -> Triplets:
+    """The same of the k largest positive pre-activations of each token."""
+    return find_largest(x, encoder.W_enc.t(), encoder.bias(), k, multiply=_multiplied_in(x))
 
 
 def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
@@ -199,24 +223,7 @@ def _is_sparse(x: Tensor, encoder: Encoder, floor: Tensor) -> bool:
     if encoder.held is not None and encoder.held.share <= most / 2 and x.device.type != "cpu":
         return True
     some, which = x[::max(len(x) // PROBE, 1)], slice(None, None, max(encoder.d_sae // PROBED, 1))
-    return len(_found(some, encoder, floor, which)[0]) <= most * len(some) * len(floor[which])
-
-
-@torch.no_grad()
-def _found(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None)) -> Triplets:
-    """The pairs that are held, of all features or of some."""
-    rows, bias = encoder.W_enc.t()[which], encoder.bias()[which]
-    return find_above(x, rows, bias, floor[which], multiply=_multiplied_in(x))
-
-
-@torch.no_grad()
-def _chosen(x: Tensor, encoder: Encoder, choose: Select, chunk: int) -> Triplets:
-    bias, found = encoder.bias(), []
-    for start, part in _chunks(x, chunk):
-        rows, features, values = choose(_product(part, encoder.W_enc, bias))
-        found.append((rows + start, features, values))
-    rows, features, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return rows, features, values
+    return len(above(some, encoder, floor, which)[0]) <= most * len(some) * len(floor[which])
 
 
 def _multiplied_in(x: Tensor) -> torch.dtype | None:
@@ -225,24 +232,12 @@ def _multiplied_in(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _product(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
-    """x @ W_enc + bias: multiplied in bfloat16 under autocast, but added to and compared in x's own precision."""
+def product(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
+    """x (n, d_in) @ W_enc (d_in, d_sae) + bias (d_sae): multiplied in bfloat16 under autocast, but added to and
+    compared in x's own precision."""
     if not torch.is_autocast_enabled(x.device.type):
         return affine(x, W_enc.t(), bias)
     return F.linear(x, W_enc.t()).to(x.dtype) + bias
-
-
-def _chunks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    size = size if x.device.type == "cpu" else max(size, GPU_CHUNK)
-    return ((start, x[start:start + size]) for start in range(0, len(x), size))
-
-
-def _sparse(x: Tensor, encoder: Encoder, found: Triplets) -> SparseCode:
-    rows, features, pre = found
-    narrow = None if triton_for(x) is None else _multiplied_in(x)  # PyTorch's own operations sum halves more slowly
-    pairs = Pairs(starts_of(rows, len(x)), rows.int(), features.int(), pre, encoder.d_sae, encoder.factors, narrow)
-    pre = _Pre.apply(x, encoder.W_enc, encoder.b_enc, encoder.centre, pairs)  # type: ignore[no-untyped-call]
-    return SparseCode(pre, pairs)
 
 
 class _Pre(torch.autograd.Function):

@@ -103,13 +103,16 @@ def encode_topk(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Csr:
     return compressed(find_largest(x, W_rows, bias, k), len(x))
 
 
-def find_largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
+def find_largest(
+    x: Tensor, W_rows: Tensor, bias: Tensor, k: int, *, multiply: torch.dtype | None = None
+) -> Triplets:
     """(rows, columns, values) of those, by row, then by column; holds TOPK_SIZE pre-activations, or those of one token;
-    where they are screened, HELD products."""
+    where they are screened, HELD products. multiply: as `find_above` has it."""
     bias = cast(bias, wide(x, W_rows))
     x = ready(x, W_rows)
-    if (screen := topk_screen_for(x, W_rows, bias, k)) is None:
-        return _largest_of_all(x, W_rows, bias, k)
+    screen = topk_screen_for(x, W_rows, bias, k) if multiply is None else None
+    if screen is None:
+        return _largest_of_all(x, W_rows, bias, k, multiply)
     found = []
     for t in slices(len(x), screen.tokens):
         part = screen.largest(x[t])
@@ -117,10 +120,15 @@ def find_largest(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
     return joined(found, bias)
 
 
-def _largest_of_all(x: Tensor, W_rows: Tensor, bias: Tensor, k: int) -> Triplets:
+def _largest_of_all(
+    x: Tensor, W_rows: Tensor, bias: Tensor, k: int, multiply: torch.dtype | None = None
+) -> Triplets:
     """The same of all pre-activations of some tokens after the other."""
-    tokens = held_together(x, len(W_rows))
-    return joined([moved(largest(linear(x[t], W_rows, bias), k), t.start, 0) for t in tokens], bias)
+    found = []
+    for t in held_together(x, len(W_rows)):
+        pre = linear(x[t], W_rows, bias) if multiply is None else affine(x[t], W_rows, bias, multiply)
+        found.append(moved(largest(pre, k), t.start, 0))
+    return joined(found, bias)
 
 
 def nonzero_csr(acts: Tensor) -> Csr:

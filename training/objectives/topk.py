@@ -5,7 +5,6 @@ TopK: arXiv 2406.04093; BatchTopK: arXiv 2412.06410.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,10 +16,12 @@ from sae_hooks.errors import TrainingError
 from sae_hooks.kernels import Triplets, keep_largest, largest
 from sae_hooks.sae import SAE
 
-from ..codes import SparseCode, encode_chosen
+from ..codes import Encoder, SparseCode, above, encode_found, largest_of_each, product
 from ..settings import expect
 from .base import Batch, Extra, Loss, Objective, firings, like, reconstruct, spread, squared_error
 
+ASKED = 16  # one token in so many tells BatchTopK's guess ...
+SPREAD = 2.5  # ... by what is exceeded more often than it should be: by so many times what is left to chance
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Objective):
@@ -57,7 +58,8 @@ class TopK(Objective):
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, self.encoder(sae, batch), lambda pre: largest(pre, self.k))
+        encoder = self.encoder(sae, batch)
+        return encode_found(batch.x, encoder, largest_of_each(batch.x, encoder, self.k))
 
     def loss(self, sae: SAE, batch: Batch, code: SparseCode, **state: Tensor) -> Loss:
         """The loss of the features that were kept."""
@@ -118,7 +120,8 @@ class BatchTopK(TopK):
 
     def code(self, sae: SAE, batch: Batch) -> SparseCode:
         """The features that are kept."""
-        return encode_chosen(batch.x, self.encoder(sae, batch), largest_of_all(self.k, batch), whole=True)
+        encoder = self.encoder(sae, batch)
+        return encode_found(batch.x, encoder, largest_of_batch(batch, encoder, self.k))
 
     def finish(self, sae: SAE, extra: Extra) -> SAE:
         """Put the one threshold into the SAE."""
@@ -126,18 +129,38 @@ class BatchTopK(TopK):
         return super().finish(like(sae, threshold=threshold), extra)
 
 
-def largest_of_all(k: int, batch: Batch) -> Callable[[Tensor], Triplets]:
-    """Choose the k * rows largest positive entries, where processes share the tokens: of all their rows together."""
-    def choose(pre: Tensor) -> Triplets:
-        i, processes = batch.share
-        most = k * len(pre) * processes
-        _, at, values = largest(pre.view(1, -1), most)
-        if processes > 1:
-            told = values.new_zeros(most)
-            told[:len(values)] = values
-            _, chosen, _ = largest(batch.of_batches(told).view(1, -1), most)
-            _, mine, values = largest(values[None], int((chosen // most == i).sum()))
-            at = at[mine]
-        rows = torch.div(at, pre.shape[1], rounding_mode="floor")
-        return rows, at - rows * pre.shape[1], values
-    return choose
+@torch.no_grad()
+def largest_of_batch(batch: Batch, encoder: Encoder, k: int) -> Triplets:
+    """(rows, columns, pre-activations) of the k * batch largest positive ones, where processes share the tokens of all
+    their rows together. Never holds (batch, d_sae): it looks above a guess only, and lower where that was too high."""
+    guess = batch.of_batches(likely_exceeded(batch.x, encoder, k)).mean()
+    most = k * len(batch.x)
+    for floor in (guess, guess / 2, guess * 0):
+        found = above(batch.x, encoder, floor.expand(encoder.d_sae))
+        counts = batch.of_batches(guess.new_tensor(len(found[0]), dtype=torch.int64))
+        if int(counts.sum()) >= most * len(counts) or not floor:
+            break
+    return largest_of_all(found, most, batch)
+
+
+def likely_exceeded(x: Tensor, encoder: Encoder, k: int) -> Tensor:
+    """A number >= 0 (a scalar tensor) that more than k * batch pre-activations of x (batch, d_in) likely exceed, but
+    not many more, as some of the tokens tell."""
+    pre = product(x[::ASKED], encoder.W_enc, encoder.bias())
+    count = min(int(k * len(pre) * (1 + SPREAD / len(pre) ** 0.5)), pre.numel())
+    exceeding = largest(pre.view(1, -1), count)[2]
+    return exceeding.min() if len(exceeding) == count else pre.new_zeros(())
+
+
+def largest_of_all(found: Triplets, n: int, batch: Batch) -> Triplets:
+    """The n * processes largest of what all processes that share the tokens have found: this one's part of them."""
+    rows, columns, values = found
+    i, processes = batch.share
+    _, at, values = largest(values[None], n * processes)
+    if processes > 1:
+        told = values.new_zeros(n * processes)
+        told[:len(values)] = values
+        _, chosen, _ = largest(batch.of_batches(told).view(1, -1), n * processes)
+        _, mine, values = largest(values[None], int((chosen // (n * processes) == i).sum()))
+        at = at[mine]
+    return rows[at], columns[at], values
