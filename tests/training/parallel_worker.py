@@ -157,8 +157,8 @@ def largest(par: Parallel, folder: Path) -> None:
     apart[0::2] += 1
     few[:4] += 0.2
     for whole, wanted in ((mixed, 12), (apart, 12), (few, int((few > 0).sum())), (-apart, 0)):
-        rows, columns = (whole[i::n] > 0).nonzero(as_tuple=True)
-        rows, columns, values = largest_of_all((rows, columns, whole[i::n][rows, columns]), 2 * len(whole[i::n]), batch)
+        at = (whole[i::n] > 0).nonzero(as_tuple=True)
+        rows, columns, values = largest_of_all((*at, whole[i::n][at]), 2 * len(whole[i::n]), batch)
         assert torch.equal(values, whole[i::n][rows, columns])
         found = torch.zeros_like(whole)
         found[rows * n + i, columns] = 1.0
