@@ -30,9 +30,10 @@ from torch import Tensor
 from sae_hooks.errors import CheckpointError, DataError, TrainingError
 from sae_hooks.sae import SAE
 from sae_hooks.training import CachedStream, Stream, TrainConfig, Trainee, load_checkpoint, row_adam, train
+from sae_hooks.training.codes import Encoder
 from sae_hooks.training.learner import Learner
 from sae_hooks.training.objectives import Batch
-from sae_hooks.training.objectives.topk import largest_of_all
+from sae_hooks.training.objectives.topk import largest_of_batch
 from sae_hooks.training.parallel import Parallel, feature_first, parallel
 from sae_hooks.training.sharded import load_shards, save_shards
 
@@ -150,16 +151,15 @@ def refusals(par: Parallel, folder: Path) -> None:
 def largest(par: Parallel, folder: Path) -> None:
     """BatchTopK keeps the largest of all processes, wherever they are."""
     i, n = par.batch_share
-    none = torch.empty(0)
-    batch = Batch(x=none, target=none, step=0, idle=none, of_batches=par.of_batches, share=par.batch_share)
     g = torch.Generator().manual_seed(1)
     mixed, apart, few = torch.randn(6, 7, generator=g), torch.rand(6, 7, generator=g), -torch.rand(6, 7, generator=g)
-    apart[0::2] += 1
+    apart[0::2] += torch.tensor([10.0, 5.0, 5.0])[:, None]  # the first row alone would have others looked for
     few[:4] += 0.2
     for whole, wanted in ((mixed, 12), (apart, 12), (few, int((few > 0).sum())), (-apart, 0)):
-        at = (whole[i::n] > 0).nonzero(as_tuple=True)
-        rows, columns, values = largest_of_all((*at, whole[i::n][at]), 2 * len(whole[i::n]), batch)
-        assert torch.equal(values, whole[i::n][rows, columns])
+        x = whole[i::n]
+        batch = Batch(x=x, target=x, step=0, idle=x, of_batches=par.of_batches, share=par.batch_share)
+        rows, columns, values = largest_of_batch(batch, Encoder(torch.eye(7), torch.zeros(7)), 2)
+        assert torch.equal(values, x[rows, columns])
         found = torch.zeros_like(whole)
         found[rows * n + i, columns] = 1.0
         if n > 1:
