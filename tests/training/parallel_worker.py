@@ -150,10 +150,9 @@ def refusals(par: Parallel, folder: Path) -> None:
 @check
 def largest(par: Parallel, folder: Path) -> None:
     """BatchTopK keeps the largest of all processes, wherever they are."""
-    i, n = par.batch_share
-    g = torch.Generator().manual_seed(1)
+    (i, n), g = par.batch_share, torch.Generator().manual_seed(1)
     mixed, apart, few = torch.randn(6, 7, generator=g), torch.rand(6, 7, generator=g), -torch.rand(6, 7, generator=g)
-    apart[0::2] += torch.tensor([10.0, 5.0, 5.0])[:, None]  # the first row alone would have others looked for
+    apart[0::2] += torch.tensor([10.0, 4.0, 4.0])[:, None]  # the first row alone would have others looked for
     few[:4] += 0.2
     for whole, wanted in ((mixed, 12), (apart, 12), (few, int((few > 0).sum())), (-apart, 0)):
         x = whole[i::n]
