@@ -17,13 +17,13 @@ from sae_hooks.training.codes import DenseCode, Encoder, Held, Pairs, SparseCode
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many features each search, or probe, looked at."""
     found: list[int] = []
-    plain = codes._found
+    plain = codes.above
 
     def noted(x: Tensor, encoder: Encoder, floor: Tensor, which: slice = slice(None)) -> Any:
         found.append(len(floor[which]))
         return plain(x, encoder, floor, which)
 
-    monkeypatch.setattr(codes, "_found", noted)
+    monkeypatch.setattr(codes, "above", noted)
     monkeypatch.setattr(codes, "PROBED", 26)
     return found
 
@@ -67,7 +67,7 @@ def test_gradients_are_summed_from_narrow_rows_where_they_are_read_so() -> None:
 
     def gradients(narrow: torch.dtype | None, x: Tensor) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (encoder.W_enc, encoder.b_enc, W_dec)]
-        rows, features, pre = codes._found(x, encoder, torch.full((130,), 3.0))
+        rows, features, pre = codes.above(x, encoder, torch.full((130,), 3.0))
         pairs = Pairs(starts_of(rows, 40), rows.int(), features.int(), pre, 130, None, narrow)
         code = SparseCode(codes._Pre.apply(x, leaves[0], leaves[1], None, pairs), pairs)  # type: ignore[no-untyped-call]
         (code.decode(code.pre, leaves[2]) * target).sum().backward()  # type: ignore[no-untyped-call]
