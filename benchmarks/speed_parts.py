@@ -38,6 +38,7 @@ SWEEP_D, SWEEP_SAE, SWEEP_TOKENS = 512, (64, 256, 1024, 4096, 16384), (1, 4, 32,
 SHARES = (0.005, 0.05, 0.2, 0.6)
 SWEEP_STEPS = ((256, 1024, 8192), (256, 1024))
 SLOWER = 1.05
+ROUNDED = 1e-5  # of a token's largest activation, what rounding can at most change another one by
 
 
 def verdict(value: float, target: float, *, most: bool = False) -> str:
@@ -104,18 +105,19 @@ def expected(data: Data) -> dict[str, Tensor]:
     """What every way must find: loss, gradients, and reconstructions."""
     found = gradients(dense_step(data))
     with torch.no_grad():
-        x_hats, to_x, counts = ([], []), ([], []), [0, 0]
+        x_hats, to_x, counts, sure = ([], []), ([], []), [0, 0], []
         for x, along in zip(data.x.split(512), data.along().split(512), strict=True):
             pre = torch.addmm(data.b_enc, x, data.W_enc.t())
-            top = pre.topk(min(K, pre.shape[1]), dim=-1)
-            kept = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            values, features = pre.topk(K + 1, dim=-1)
+            kept = torch.zeros_like(pre).scatter(-1, features[:, :K], values[:, :K].relu())
+            sure.append(values[:, K - 1] - values[:, -1] > ROUNDED * values[:, 0])
             for i, acts in enumerate((pre * (pre > data.threshold), kept)):
                 x_hats[i].append(torch.addmm(data.b_dec, acts, data.W_dec))
                 to_x[i].append(((along @ data.W_dec.t()) * (acts > 0)) @ data.W_enc)
                 counts[i] += int((acts > 0).sum())
     x_hat, of_topk, gradient, through_topk = (torch.cat(parts) for parts in (*x_hats, *to_x))
     return {**found, "x_hat": x_hat, "x_hat of topk": of_topk, "gradient": gradient,
-            "gradient of topk": through_topk, "features": torch.tensor(counts[0]),
+            "gradient of topk": through_topk, "tokens of topk": torch.cat(sure), "features": torch.tensor(counts[0]),
             "features of topk": torch.tensor(counts[1]), "loss of topk": (of_topk - data.x).square().sum(-1).mean()}
 
 

@@ -48,3 +48,17 @@ def test_a_way_that_finds_anything_else_ends(workers, given, way):
     if way in INFERENCE:
         with pytest.raises(AssertionError):
             workers.built(way, data, {**expected, "features": torch.tensor(1), "features of topk": torch.tensor(1)})
+
+
+def test_tokens_whose_k_features_depend_on_rounding_are_not_compared(workers, given):
+    import speed_parts
+    from speed_ways import Data
+
+    data, expected = given
+    assert expected["tokens of topk"].all()
+    data["W_enc"][1:-1:2], data["b_enc"][1:-1:2] = data["W_enc"][2::2], data["b_enc"][2::2]  # pairs, and two more
+    data["b_enc"][0], data["b_enc"][-1] = 9.0, -9.0  # before all of them, and after
+    ties = speed_parts.expected(Data(**data))
+    assert not ties["tokens of topk"].any()
+    with pytest.raises(AssertionError, match="too few"):
+        workers.built("inference/topk", data, ties)
