@@ -27,7 +27,8 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import affine, at_once, autocasts, cast, held_together, is_bare, linear, slices, wants_gradient, wide
+from .tiles import affine, at_once, cast, held_together, linear, slices, wide
+from .tracing import autocasts, is_bare, wants_gradient
 from .triplets import Csr, Triplets, compressed
 
 __all__ = [

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .cpu_products import addmm, is_much_decoded
 from .custom_ops import fake_decoded, fake_decoded_csr, fake_reconstruction, traceable
 from .encoding import find_largest
 from .screen import Candidates, decided, screens
@@ -15,13 +16,11 @@ from .signs import Signs, signs_for
 from .tiles import (
     GPU_SIZE,
     affine,
-    autocasts,
     by_tokens,
     cast,
     half_product,
     has_all_features,
     held_together,
-    is_bare,
     is_one_tile,
     linear,
     multiplies_halves,
@@ -33,6 +32,7 @@ from .tiles import (
     unadded,
     wide,
 )
+from .tracing import autocasts, is_bare
 from .triplets import Csr, Triplets, by_row, compressed, moved
 
 CROWDED, GPU_CROWDED = 0.12, 0.04  # share of features active from which the dense product is the quicker decoder
@@ -171,7 +171,8 @@ def decoded_at_once(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor | None
 
 def decodes_at_once(x: Tensor, W_dec: Tensor, b_dec: Tensor) -> bool:
     """Whether decoding the tokens of x (n, ...) is, but for torch.compile and torch.autocast, by one plain product."""
-    return W_dec.dtype is b_dec.dtype is torch.float32 and is_little(x, W_dec)
+    much = x.is_cpu and is_much_decoded(x, W_dec)
+    return W_dec.dtype is b_dec.dtype is torch.float32 and is_little(x, W_dec) and not much
 
 
 @traceable(
@@ -288,7 +289,7 @@ def _dense(out: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
             return _dense(out, acts, W_dec)
     if W_dec.dtype == torch.bfloat16 and acts.dtype == torch.float32 and multiplies_halves(acts, W_dec):
         return out + product_of_parts(acts, W_dec)
-    return torch.addmm(out, acts, cast(W_dec, acts.dtype))
+    return addmm(out, acts, cast(W_dec, acts.dtype))
 
 
 def _sums(found: Triplets, n: int, W_dec: Tensor) -> Tensor:

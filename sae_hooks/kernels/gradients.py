@@ -15,7 +15,8 @@ from .decoding import CROWDED, GPU_CROWDED, LEAST, nothing_or_nan
 from .encoding import find_above, find_largest
 from .segments import dots, starts_of, weighted_sums
 from .signs import share_above
-from .tiles import cast, is_bare, is_one_tile, linear, ready, wants_gradient, wide
+from .tiles import cast, is_one_tile, linear, ready, wide
+from .tracing import is_bare, wants_gradient
 from .triplets import Csr
 
 FOLLOWED_ON = ("cpu", "cuda")  # kinds of device whose operations are known to do this

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .segments import dots, starts_of, triton_for
-from .tiles import cast, half_product, wants_gradient
+from .tiles import cast, half_product
+from .tracing import wants_gradient
 from .triplets import Triplets
 
 SCREEN_ON = ("cuda",)  # kinds of device

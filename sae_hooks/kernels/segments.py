@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tiles import CPU_WIDENED, GPU_WIDENED, cast, slices, wants_gradient, wide
+from .tiles import CPU_WIDENED, GPU_WIDENED, cast, slices, wide
+from .tracing import wants_gradient
 
 TRITON_ON = ("cuda",)  # kinds of device
 FEWEST_COLUMNS = 16  # of rows of half precision that are widened at once

@@ -16,7 +16,8 @@ from torch import Tensor
 from .screen import ROUNDING, SUMMING
 from .search import count, exceeding, marked
 from .segments import dots, starts_of
-from .tiles import Most, affine, cast, is_untraced, slices, within
+from .tiles import Most, affine, cast, slices, within
+from .tracing import is_untraced
 from .triplets import Triplets
 
 BESIDE = 4  # columns beside those of the matrices

@@ -6,35 +6,26 @@ half-precision matrix products are 5 to 14 times slower than float32 on CPUs wit
 halves by halves as they are, which is exact, and sum in float32. torch.autocast changes nothing.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
+from .cpu_products import affine_otherwise, is_large, is_much
+from .tracing import autocasts, is_untraced, wants_gradient
+
 T = TypeVar("T")
+
+
 CPU_TOKENS, CPU_SIZE = 1024, 2**19  # 2 MB in float32: a product is compared while it is in the cache
 GPU_TOKENS, GPU_SIZE = 4096, 2**26  # a tile costs a few launches and a wait, and float32 weights a rounded copy
 GPU_LEAST = 512  # tokens from which it takes a GPU no longer to read rows of half precision than to multiply by them
 CPU_WIDENED, GPU_WIDENED = 2**20, 2**27  # numbers of half-precision rows that are widened together: 4 and 512 MB
 AT_ONCE, GPU_AT_ONCE = 2**14, 2**15  # pre-activations so few that to look for the best way is not worth it
 GPU_LARGE = 2**26  # numbers in W_enc that a GPU reads for longer than it takes to look for the best way
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL is slower than it might be
-LARGE = 2**21  # numbers in rows that no longer fit the caches: then it matters for few tokens who reads them, and how
-FEW = 128  # tokens, up to which MKL is quicker with sides swapped (twice at 4 tokens) ...
-THIN = range(8 if AVX512 else 5, 65)  # ... but for these, oneDNN is quicker still (twice at 16 tokens), ...
-THIN_WIDENED = range(16, 65 if AVX512 else 16)  # ... also of rows that were just widened, ...
-THINNER = range(4, 8 if AVX512 else 4)  # ... and for these if sides stay as they are, ...
-FEWEST = range(1, 5 if AVX512 else 4)  # ... and for these MKL from several places in the rows, ...
-FEWEST_OF = 2**12 if AVX512 else math.inf  # ... where the tokens have fewer numbers
-PLACES = 4  # a core reads half as quickly again as from one place
-MUCH = 2**27 if AVX512 else math.inf  # multiplications from which oneDNN is the quicker one in all other cases
-MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # most builds for CPUs do
 TOPK_SIZE, GPU_TOPK_SIZE = 2**22, 2**28  # pre-activations of tokens that TopK takes together: 16 MB and 1 GB
 HALVES, HALVES_ON = (torch.bfloat16, torch.float16), ("cuda",)  # dtypes, and kinds of device that multiply them as such
 
@@ -55,22 +46,6 @@ def wide(x: Tensor, weights: Tensor) -> torch.dtype:
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), which takes several microseconds also where there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)
-
-
-def autocasts(t: Tensor) -> bool:
-    """Whether torch.autocast is on for t's device."""
-    return torch.is_autocast_enabled("cpu" if t.is_cpu else t.device.type)  # to ask a tensor for its device takes long
-
-
-def is_bare(*tensors: Tensor) -> bool:
-    """Whether each is numbers in memory and no more: has no tangent (forward-mode derivatives), nor stands for other
-    tensors (torch.func.vmap). Only such may be written into memory that is there, or given to numpy."""
-    try:
-        for t in tensors:
-            t.data_ptr()
-    except RuntimeError:
-        return False
-    return all(unpack_dual(t).tangent is None for t in tensors)  # type: ignore[no-untyped-call]
 
 
 def slices(length: int, most: int) -> Iterator[slice]:
@@ -132,18 +107,6 @@ def held_together(x: Tensor, d_sae: int) -> Iterator[slice]:
     return slices(len(x), max((TOPK_SIZE if x.is_cpu else GPU_TOPK_SIZE) // d_sae, 1))
 
 
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd is to give one of these a gradient."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def is_untraced(x: Tensor, W_rows: Tensor, bias: Tensor) -> bool:
-    """Whether neither autograd nor torch.compile nor torch.func must know what is done with these."""
-    if torch.compiler.is_compiling():
-        return False
-    return not wants_gradient(x, W_rows, bias) and is_bare(x, W_rows, bias)
-
-
 def room_for_tiles(x: Tensor, W_rows: Tensor, bias: Tensor, most: Most | None = None) -> Tensor | None:
     """Memory for one tile after the other on a CPU: fresh memory costs there as much as the search for what is above.
     None where somebody must know of each tile. most: as `token_tiles` has it."""
@@ -158,8 +121,10 @@ def at_once(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or W_enc.dtype is not torch.float32 or bias.dtype is not torch.float32:
         return None
     entries = x.shape[0] * W_enc.shape[1]
-    most, large = (AT_ONCE, LARGE) if x.is_cpu else (GPU_AT_ONCE, GPU_LARGE)
-    if entries > most or W_enc.numel() >= large:
+    if x.is_cpu:
+        if entries > AT_ONCE or is_large(W_enc) or is_much(x, W_enc):
+            return None
+    elif entries > GPU_AT_ONCE or W_enc.numel() >= GPU_LARGE:
         return None
     if autocasts(x):
         return None
@@ -230,52 +195,11 @@ def affine_widened(x: Tensor, rows: Tensor, bias: Tensor, room: Tensor | None) -
     wide_rows = x.new_empty(most, d_in)
     for f in slices(m, most):
         part = wide_rows[:f.stop - f.start].copy_(rows[f])
-        if (product := affine_otherwise(x, part, bias[f], THIN_WIDENED)) is not None:
+        if (product := affine_otherwise(x, part, bias[f], widened=True)) is not None:
             out[:, f] = product
         else:
             torch.addmm(bias[f], x, part.T, out=out[:, f])
     return out
-
-
-def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, thin: range = range(0)) -> Tensor | None:
-    """affine of x and rows of one dtype on a CPU, where a plain product is not the quickest way; else None. thin: the
-    numbers of tokens for which oneDNN takes the sides swapped (THIN, where rows are large), if nobody traces."""
-    n, is_large = x.shape[0], rows.numel() >= LARGE
-    thin = THIN if is_large else thin
-    if not x.is_cpu or not (is_large or (thin and n in thin) or is_much(x, rows)):
-        return None
-    x = x.contiguous()  # what lies otherwise takes products up to hundreds of times as long
-    if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the others have none
-        if is_large and n in FEWEST and x.numel() < FEWEST_OF and len(rows) % PLACES == 0 and MKL:
-            return affine_from_places(x, rows, bias)
-        if HAS_ONEDNN and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and rows.is_contiguous():
-            if n in thin:
-                return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
-            if n in THINNER or is_much(x, rows):
-                return by_onednn(x, rows, bias.contiguous())
-    if 1 < n <= FEW and rows.numel() >= 2 * LARGE:
-        return torch.addmm(bias[:, None], rows, x.T).T.contiguous()
-    return None
-
-
-def is_much(x: Tensor, rows: Tensor) -> bool:
-    """Whether x @ rows.T is so much that oneDNN is the quicker one on a CPU, and not what `at_once` leaves to MKL."""
-    n = x.shape[0]
-    return n * rows.numel() >= MUCH and n * rows.shape[0] > AT_ONCE
-
-
-def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ rows.T + bias, each in one piece; of a bias that is not it would read the wrong numbers."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, bias, "none", [], "")
-    return product
-
-
-def affine_from_places(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """affine as products of x (n, d_in) with PLACES rows each, which lie as far from each other as they can."""
-    apart = rows.view(PLACES, -1, rows.shape[1]).permute(1, 2, 0)  # (m / PLACES, d_in, PLACES)
-    biases = bias.view(PLACES, -1, 1).permute(1, 2, 0)
-    pre = torch.baddbmm(biases, x.expand(len(apart), *x.shape), apart)  # (m / PLACES, n, PLACES)
-    return pre.permute(1, 2, 0).reshape(len(x), len(rows))
 
 
 def multiplies_halves(*tensors: Tensor) -> bool:

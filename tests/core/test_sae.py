@@ -10,7 +10,7 @@ from core import reference
 from torch.autograd import forward_ad
 
 from sae_hooks import SAE, SaeMismatchError
-from sae_hooks.kernels import decoding, search, tiles
+from sae_hooks.kernels import cpu_products, decoding, search, tiles
 
 HALVES = (torch.bfloat16, torch.float16)
 KINDS = {
@@ -30,7 +30,7 @@ def large(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(tiles, "AT_ONCE", 0)
         monkeypatch.setattr(tiles, "CPU_SIZE", 64)
-        monkeypatch.setattr(tiles, "LARGE", 0)
+        monkeypatch.setattr(cpu_products, "LARGE", 0)
         monkeypatch.setattr(search, "FEW_MARKS", 0)
         monkeypatch.setattr(decoding, "SMALL", 0)
 

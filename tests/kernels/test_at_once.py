@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import SAE, kernels
-from sae_hooks.kernels import decoding, tiles
+from sae_hooks.kernels import cpu_products, decoding, tiles
 
 
 def parts(n, d_in=40, d_sae=70):
@@ -22,10 +22,15 @@ def test_it_is_the_product_of_the_long_way_bit_for_bit(n, dtype):
     assert torch.equal(kernels.at_once(x, W_enc, bias), kernels.linear(x, W_enc.T, bias))
 
 
-def test_it_is_so_where_many_multiplications_are_left_to_others(monkeypatch):
-    monkeypatch.setattr(tiles, "MUCH", 0)
-    x, W_enc, bias = parts(64, d_in=500, d_sae=256)
-    assert torch.equal(kernels.at_once(x, W_enc, bias), kernels.linear(x, W_enc.T, bias))
+def test_many_multiplications_are_left_to_others(monkeypatch):
+    x, W_enc, bias = parts(64)
+    monkeypatch.setattr(cpu_products, "MUCH", x.shape[0] * W_enc.numel())
+    assert kernels.at_once(x, W_enc, bias) is None
+    assert kernels.at_once(x[1:], W_enc, bias) is not None
+    acts = x.new_zeros(64, 70)
+    monkeypatch.setattr(cpu_products, "MUCH_DECODED", 64 * W_enc.numel())
+    assert kernels.decoded_at_once(acts, W_enc.T, bias[:40]) is None
+    assert kernels.decoded_at_once(acts[1:], W_enc.T, bias[:40]) is not None
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -40,7 +45,7 @@ def test_many_pre_activations_and_large_matrices_take_the_long_way(monkeypatch):
     monkeypatch.setattr(tiles, "AT_ONCE", 7 * 70)
     assert kernels.at_once(x, W_enc, bias) is not None
     assert kernels.at_once(torch.cat([x, x[:1]]), W_enc, bias) is None
-    monkeypatch.setattr(tiles, "LARGE", 40 * 70)
+    monkeypatch.setattr(cpu_products, "LARGE", 40 * 70)
     assert kernels.at_once(x, W_enc, bias) is None
     monkeypatch.setattr(decoding, "SMALL", 8 * 40 * 70 + 1)  # seven tokens count as eight
     assert kernels.decoded_at_once(x, W_enc, torch.zeros(70)) is not None
@@ -50,7 +55,7 @@ def test_many_pre_activations_and_large_matrices_take_the_long_way(monkeypatch):
 
 def test_a_gpu_has_a_limit_of_its_own_and_takes_large_matrices(fake_gpus, monkeypatch):
     monkeypatch.setattr(tiles, "AT_ONCE", 0)
-    monkeypatch.setattr(tiles, "LARGE", 0)
+    monkeypatch.setattr(cpu_products, "LARGE", 0)
     monkeypatch.setattr(tiles, "GPU_AT_ONCE", 7 * 70)
     monkeypatch.setattr(decoding, "SMALL", 0)
     x, W_enc, bias = (t.to("fgpu:0") for t in parts(7))

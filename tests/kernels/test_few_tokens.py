@@ -9,30 +9,37 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from sae_hooks import kernels
-from sae_hooks.kernels import tiles
+from sae_hooks.kernels import cpu_products, tiles
 
-needs_onednn = pytest.mark.skipif(not tiles.HAS_ONEDNN, reason="this build of torch has no oneDNN")
-needs_mkl = pytest.mark.skipif(not tiles.MKL, reason="this build of torch has no MKL")
+needs_onednn = pytest.mark.skipif(not cpu_products.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+needs_mkl = pytest.mark.skipif(not cpu_products.MKL, reason="this build of torch has no MKL")
 BY_ONEDNN, BY_MKL = (9, 16, 64), (1, 2, 3, 4, 5, 65, 128, 129)
 RANGES = {"AVX2": {"THIN": range(5, 65), "THIN_WIDENED": range(0), "THINNER": range(0), "FEWEST": range(1, 4),
                    "FEWEST_OF": math.inf},
           "AVX-512": {"THIN": range(8, 65), "THIN_WIDENED": range(16, 65), "THINNER": range(4, 8),
-                      "FEWEST": range(1, 5), "FEWEST_OF": 4 * 48}}
+                      "FEWEST": range(1, 5), "FEWEST_OF": 4 * 48},
+          "Zen 5": {"THIN": range(8, 65), "THIN_WIDENED": range(16, 65), "THINNER": range(3, 8),
+                    "FEWEST": range(1, 3), "FEWEST_OF": math.inf}}
 FEATURES = (70, 72)  # the second can be read from four places
 
 
 @pytest.fixture(params=RANGES)
 def calls(monkeypatch, request):
     """What was given to oneDNN, which takes whatever has as few tokens; of the ranges that CPUs have."""
-    seen, plain = [], tiles.by_onednn
+    seen, plain = [], cpu_products.by_onednn
 
     def noted(*args):
         seen.append(args)
         return plain(*args)
 
-    for name, value in {"LARGE": 0, "MUCH": math.inf, "by_onednn": noted, **RANGES[request.param]}.items():
-        monkeypatch.setattr(tiles, name, value)
+    limit(monkeypatch, LARGE=0, MUCH=math.inf, MUCH_OF_TWO=math.inf, by_onednn=noted, **RANGES[request.param])
     return seen
+
+
+def limit(monkeypatch, **values):
+    """Set constants of whichever module has them."""
+    for name, value in values.items():
+        monkeypatch.setattr(cpu_products if hasattr(cpu_products, name) else tiles, name, value)
 
 
 def parts(n, dtype=torch.float32, m=70):
@@ -42,11 +49,11 @@ def parts(n, dtype=torch.float32, m=70):
 
 
 def is_read_from_places(n):
-    return n in tiles.FEWEST and n * 48 < tiles.FEWEST_OF
+    return n in cpu_products.FEWEST and n * 48 < cpu_products.FEWEST_OF
 
 
 def is_for_onednn(n):
-    return n in tiles.THIN or n in tiles.THINNER
+    return n in cpu_products.THIN or n in cpu_products.THINNER
 
 
 def product(x, rows, bias):
@@ -56,13 +63,13 @@ def product(x, rows, bias):
 @pytest.fixture
 def places(monkeypatch):
     """What was given to the product that reads from several places."""
-    seen, plain = [], tiles.affine_from_places
+    seen, plain = [], cpu_products.affine_from_places
 
     def noted(x, rows, bias):
         seen.append((x, rows, bias))
         return plain(x, rows, bias)
 
-    monkeypatch.setattr(tiles, "affine_from_places", noted)
+    monkeypatch.setattr(cpu_products, "affine_from_places", noted)
     return seen
 
 
@@ -81,12 +88,12 @@ def test_it_is_the_product_whoever_makes_it(calls, places, n, m):
 @needs_onednn
 @needs_mkl
 def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
-    monkeypatch.setattr(tiles, "LARGE", 72 * 48 + 1)
+    monkeypatch.setattr(cpu_products, "LARGE", 72 * 48 + 1)
     for n in (1, 5, 9):
         kernels.linear(*parts(n, m=72))
     assert not calls
     assert not places
-    monkeypatch.setattr(tiles, "LARGE", 72 * 48)
+    monkeypatch.setattr(cpu_products, "LARGE", 72 * 48)
     for n in (1, 5, 9):
         kernels.linear(*parts(n, m=72))
     assert len(calls) == 2
@@ -98,8 +105,7 @@ def test_small_rows_are_multiplied_plainly(calls, places, monkeypatch):
 @pytest.mark.parametrize("much", [math.inf, 0])
 def test_layouts_make_no_difference(calls, places, n, m, much, monkeypatch):
     """And no product is given what it takes hundreds of times as long for."""
-    monkeypatch.setattr(tiles, "MUCH", much)
-    monkeypatch.setattr(tiles, "AT_ONCE", 0)
+    limit(monkeypatch, MUCH=much, MUCH_OF_TWO=much, AT_ONCE=0)
     x, rows, bias = parts(n, m=m)
     wide = torch.zeros(48, 2 * n)
     wide[:, ::2] = x.T
@@ -113,28 +119,66 @@ def test_layouts_make_no_difference(calls, places, n, m, much, monkeypatch):
 
 
 @needs_onednn
-@pytest.mark.parametrize("n", [130, 200])
+@pytest.mark.parametrize("n", [3, 130, 200])
 def test_many_multiplications_are_left_to_onednn_where_it_is_the_quicker_one(calls, n, monkeypatch):
     x, rows, bias = parts(n)
-    monkeypatch.setattr(tiles, "MUCH", n * 70 * 48)
-    monkeypatch.setattr(tiles, "AT_ONCE", n * 70 - 1)
+    limit(monkeypatch, MUCH=n * 70 * 48, LARGE=math.inf)
     assert kernels.at_once(x, rows.T, bias) is None
     torch.testing.assert_close(kernels.linear(x, rows, bias), product(x, rows, bias), rtol=0, atol=2e-5)
     (given,) = calls
     assert all(mine is theirs for mine, theirs in zip(given, (x, rows, bias), strict=True))
-    for more in ({"MUCH": n * 70 * 48 + 1}, {"AT_ONCE": n * 70}):
-        with monkeypatch.context() as limits:
-            for name, value in more.items():
-                limits.setattr(tiles, name, value)
-            kernels.linear(x, rows, bias)
+    with monkeypatch.context() as less:
+        limit(less, MUCH=n * 70 * 48 + 1)
+        assert kernels.at_once(x, rows.T, bias) is not None
+        kernels.linear(x, rows, bias)
     kernels.linear(x.requires_grad_(), rows, bias)
     kernels.linear(x.detach().double(), rows.double(), bias.double())
     assert len(calls) == 1
 
 
+@needs_onednn
+def test_one_or_two_tokens_are_only_if_they_are_more_yet(calls, monkeypatch):
+    limit(monkeypatch, MUCH=0, LARGE=math.inf)
+    for n in (1, 2):
+        kernels.linear(*parts(n))
+        assert not calls
+    limit(monkeypatch, MUCH_OF_TWO=0)
+    for n in (1, 2):
+        got = kernels.linear(*parts(n))
+        torch.testing.assert_close(got, product(*parts(n)), rtol=0, atol=2e-5)
+        assert len(calls.pop()[0]) == n
+
+
+@needs_onednn
+@pytest.mark.parametrize("n", [3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_so_are_dense_decodings(calls, n, dtype, monkeypatch):
+    """Also of rows of half precision, and of activations that do not lie in one piece."""
+    acts, (_, W_dec, _), b_dec = torch.randn(n, 70), parts(1, dtype), torch.randn(48)
+    limit(monkeypatch, MUCH_DECODED=n * 70 * 48)
+    want = product(acts, W_dec.T, b_dec)
+    for laid_out in (acts, acts.T.contiguous().T):
+        torch.testing.assert_close(kernels.decode(laid_out, W_dec, b_dec), want, rtol=0, atol=5e-5)
+    x, rows, bias = parts(n)
+    threshold = torch.full((70,), -1.0)
+    x_hat = kernels.reconstruct(x, rows, bias, threshold, W_dec, b_dec)
+    pre = kernels.linear(x, rows, bias)
+    torch.testing.assert_close(x_hat, product(pre * (pre > threshold), W_dec.T, b_dec), rtol=0, atol=2e-4)
+    mine = [given for given in calls if not given[1].is_contiguous()]
+    assert [(len(left), right.T.is_contiguous()) for left, right, _ in mine] == [(n, True)] * 3
+    with monkeypatch.context() as more:
+        limit(more, MUCH_DECODED=n * 70 * 48 + 1)
+        kernels.decode(acts, W_dec, b_dec)
+    kernels.decode(acts.double(), W_dec.double(), b_dec.double())
+    kernels.decode(acts, W_dec.T.contiguous().T, b_dec)
+    limit(monkeypatch, MUCH_DECODED=0)
+    kernels.decode(acts[:2], W_dec, b_dec)
+    assert len([given for given in calls if not given[1].is_contiguous()]) == 3
+
+
 @pytest.mark.parametrize("n", [1, 9, 200])
 def test_gpus_multiply_plainly(calls, places, fake_gpus, n, monkeypatch):
-    monkeypatch.setattr(tiles, "MUCH", 0)
+    monkeypatch.setattr(cpu_products, "MUCH", 0)
     x, rows, bias = parts(n, m=72)
     got = kernels.linear(x.to("fgpu:0"), rows.to("fgpu:0"), bias.to("fgpu:0"))
     torch.testing.assert_close(got.cpu(), product(x, rows, bias), rtol=0, atol=2e-5)
@@ -145,10 +189,9 @@ def test_gpus_multiply_plainly(calls, places, fake_gpus, n, monkeypatch):
 @needs_onednn
 def test_sides_are_swapped_for_large_rows_only(calls, monkeypatch):
     x, rows, bias = parts(9)
-    for name in ("MUCH", "AT_ONCE"):
-        monkeypatch.setattr(tiles, name, 0)
+    limit(monkeypatch, MUCH=0, AT_ONCE=0)
     for large, left in ((70 * 48, 70), (70 * 48 + 1, 9)):
-        monkeypatch.setattr(tiles, "LARGE", large)
+        monkeypatch.setattr(cpu_products, "LARGE", large)
         torch.testing.assert_close(kernels.linear(x, rows, bias), product(x, rows, bias), rtol=0, atol=2e-5)
         assert len(calls.pop()[0]) == left
 
@@ -177,8 +220,8 @@ def test_gradients_are_those_of_the_product(calls, places, n, wanting):
     assert not places
     with torch.no_grad():
         kernels.linear(*ours)
-    assert len(calls) == (is_for_onednn(n) and tiles.HAS_ONEDNN)
-    assert len(places) == (is_read_from_places(n) and tiles.MKL)
+    assert len(calls) == (is_for_onednn(n) and cpu_products.HAS_ONEDNN)
+    assert len(places) == (is_read_from_places(n) and cpu_products.MKL)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own import
@@ -234,7 +277,7 @@ def test_compiled_it_is_the_product(calls, n):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_without_mkl_it_is_the_product(calls, places, n, monkeypatch):
-    monkeypatch.setattr(tiles, "MKL", False)
+    monkeypatch.setattr(cpu_products, "MKL", False)
     torch.testing.assert_close(kernels.linear(*parts(n, m=72)), product(*parts(n, m=72)), rtol=0, atol=2e-5)
     assert not places
 
@@ -244,7 +287,7 @@ def test_without_onednn_or_where_it_is_turned_off_it_is_the_product(calls, n, mo
     with monkeypatch.context() as turned_off:
         turned_off.setattr(torch.backends.mkldnn, "enabled", False)
         torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
-    monkeypatch.setattr(tiles, "HAS_ONEDNN", False)
+    monkeypatch.setattr(cpu_products, "HAS_ONEDNN", False)
     torch.testing.assert_close(kernels.linear(*parts(n)), product(*parts(n)), rtol=0, atol=2e-5)
     assert not calls
 
@@ -266,7 +309,7 @@ def test_rows_of_half_precision_are_widened_some_at_a_time_into_the_same_memory(
             widened.append((other.shape[1], other.data_ptr()))
         return plain(bias, x, other, **out)
 
-    monkeypatch.setattr(tiles, "THIN_WIDENED", range(0))
+    monkeypatch.setattr(cpu_products, "THIN_WIDENED", range(0))
     monkeypatch.setattr(tiles, "CPU_WIDENED", 10 * 48 + 5)
     monkeypatch.setattr(tiles, "CPU_SIZE", 40 * n)  # two tiles of 35 features, each of them four times 9 or 8
     monkeypatch.setattr(torch, "addmm", noted)
@@ -287,8 +330,7 @@ def test_rows_of_half_precision_are_widened_some_at_a_time_into_the_same_memory(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_that_were_widened_are_left_to_onednn_as_others_are(calls, dtype, monkeypatch):
     x, rows, bias = parts(200)
-    for name, value in {"MUCH": 200 * 9 * 48, "AT_ONCE": 0, "CPU_WIDENED": 10 * 48, "LARGE": math.inf}.items():
-        monkeypatch.setattr(tiles, name, value)
+    limit(monkeypatch, MUCH=200 * 9 * 48, CPU_WIDENED=10 * 48, LARGE=math.inf)
     for tokens in (x, x.T.contiguous().T):
         got = kernels.linear(tokens, rows.to(dtype), bias)
         torch.testing.assert_close(got, product(x, rows.to(dtype), bias), rtol=0, atol=2e-5)
@@ -299,14 +341,14 @@ def test_rows_that_were_widened_are_left_to_onednn_as_others_are(calls, dtype, m
 @needs_onednn
 @pytest.mark.parametrize("n", [15, 16, 64, 65])
 def test_of_few_tokens_they_are_with_the_sides_swapped(calls, n, monkeypatch):
-    for name, value in {"CPU_WIDENED": 10 * 48, "LARGE": math.inf}.items():
-        monkeypatch.setattr(tiles, name, value)
+    limit(monkeypatch, CPU_WIDENED=10 * 48, LARGE=math.inf)
     x, rows, bias = parts(n)
     kernels.linear(x, rows, bias)  # not widened
     assert not calls
     got = kernels.linear(x, rows.half(), bias)
     torch.testing.assert_close(got, product(x, rows.half(), bias), rtol=0, atol=2e-5)
-    assert [(len(left), len(right)) for left, right, _ in calls] == [(10, n)] * (7 if n in tiles.THIN_WIDENED else 0)
+    times = 7 if n in cpu_products.THIN_WIDENED else 0
+    assert [(len(left), len(right)) for left, right, _ in calls] == [(10, n)] * times
 
 
 @pytest.mark.parametrize("wanting", range(3))

@@ -6,7 +6,7 @@ import torch
 from core import reference
 
 from sae_hooks import kernels
-from sae_hooks.kernels import encoding, search, tiles, triplets
+from sae_hooks.kernels import cpu_products, encoding, search, tiles, triplets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -117,8 +117,8 @@ def test_slices_are_few_cover_everything_and_are_of_one_size(length):
 def test_encode_sparse_finds_what_linear_is_above_the_threshold_bit_for_bit(monkeypatch, n, d_sae, dtype, few):
     monkeypatch.setattr(tiles, "CPU_TOKENS", 16)
     monkeypatch.setattr(tiles, "CPU_SIZE", 640)
-    monkeypatch.setattr(tiles, "LARGE", 0)
-    monkeypatch.setattr(tiles, "FEW", few)
+    monkeypatch.setattr(cpu_products, "LARGE", 0)
+    monkeypatch.setattr(cpu_products, "FEW", few)
     random = torch.Generator().manual_seed(n)
     x = torch.randn(n, 400, generator=random).to(torch.float64 if dtype == torch.float64 else torch.float32)
     rows, bias = torch.randn(d_sae, 400, generator=random).to(dtype), torch.randn(d_sae, generator=random)
