@@ -16,12 +16,10 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sae_hooks.kernels import (
     Triplets,
-    affine,
     dots,
     find_above,
     find_largest,
@@ -30,6 +28,7 @@ from sae_hooks.kernels import (
     triton_for,
     weighted_sums,
 )
+from sae_hooks.kernels import product as unrounded_product
 
 CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
 GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
@@ -52,7 +51,7 @@ class DenseCode:
 
     def decode(self, acts: Tensor, W_dec: Tensor) -> Tensor:
         """Sum of acts times decoder rows, (batch, d_out), for acts that stand beside `pre`."""
-        return (acts @ W_dec).to(acts.dtype)
+        return product(acts, W_dec)
 
     def per_token(self, values: Tensor) -> Tensor:
         """Sum over each token's features, (batch)."""
@@ -232,12 +231,13 @@ def _multiplied_in(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def product(x: Tensor, W_enc: Tensor, bias: Tensor) -> Tensor:
-    """x (n, d_in) @ W_enc (d_in, d_sae) + bias (d_sae): multiplied in bfloat16 under autocast, but added to and
-    compared in x's own precision."""
+def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, k) @ W (k, m) + bias (m): multiplied in bfloat16 under autocast, but added to and compared in x's own
+    precision."""
     if not torch.is_autocast_enabled(x.device.type):
-        return affine(x, W_enc.t(), bias)
-    return F.linear(x, W_enc.t()).to(x.dtype) + bias
+        return unrounded_product(x, W, bias)
+    rounded = (x @ W).to(x.dtype)
+    return rounded if bias is None else rounded + bias
 
 
 class _Pre(torch.autograd.Function):

@@ -27,7 +27,7 @@ from .segments import (
     triton_for,
     weighted_sums,
 )
-from .tiles import affine, at_once, cast, held_together, linear, slices, wide
+from .tiles import affine, at_once, cast, held_together, linear, product, slices, wide
 from .tracing import autocasts, is_bare, wants_gradient
 from .triplets import Csr, Triplets, compressed
 
@@ -63,6 +63,7 @@ __all__ = [
     "longest_first",
     "nonzero_csr",
     "pre_activations",
+    "product",
     "reconstruct",
     "reconstruct_topk",
     "reconstruct_with_gradient",

@@ -1,11 +1,13 @@
 """Who multiplies on a CPU, where PyTorch's own product, which is MKL's, is not the quickest way."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .tracing import is_untraced
+from .tracing import is_bare, is_untraced, wants_gradient
 
 
 def _is_zen_5() -> bool:
@@ -57,6 +59,39 @@ def addmm(added: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
     if much and has_onednn(acts, W_dec) and is_untraced(acts, W_dec, added):
         return by_onednn(acts.contiguous(), W_dec.T, None).add_(added)
     return torch.addmm(added, acts, W_dec)
+
+
+def followed_otherwise(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, once, on a CPU where a plain product is not
+    the quickest way; else None."""
+    if not wants_gradient(x, W) or torch.compiler.is_compiling() or not is_bare(x, W):
+        return None
+    if not x.is_cpu or not is_much_decoded(x, W) or not has_onednn(x, W if W.is_contiguous() else W.T):
+        return None
+    out: Tensor = _Product.apply(x.contiguous(), W, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """(x, W, bias) -> x @ W + bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return by_onednn(x, W.T, None if bias is None else bias.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, W), grad, (x_too, W_too, bias_too) = ctx.saved_tensors, grad.contiguous(), ctx.needs_input_grad
+        return _mm(grad, W.T) if x_too else None, _mm(x.T, grad) if W_too else None, grad.sum(0) if bias_too else None
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m), by oneDNN: the larger one, or its transposition, is in one piece, and not copied."""
+    if a.is_contiguous() or a.numel() <= b.numel():
+        return by_onednn(a.contiguous(), b.T, None)
+    return by_onednn(b.T.contiguous(), a, None).T
 
 
 def is_large(weights: Tensor) -> bool:

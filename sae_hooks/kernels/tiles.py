@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_products import affine_otherwise, is_large, is_much
+from .cpu_products import affine_otherwise, followed_otherwise, is_large, is_much
 from .tracing import autocasts, is_untraced, wants_gradient
 
 T = TypeVar("T")
@@ -153,6 +153,13 @@ def affine(
     if room is not None:
         return torch.addmm(bias, x, rows.T, out=within(room, len(x), len(rows)))
     return F.linear(x, rows, bias)
+
+
+def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, once at least."""
+    if (followed := followed_otherwise(x, W, bias)) is not None:
+        return followed
+    return x @ W if bias is None else affine(x, W.T, bias)
 
 
 def product_of_halves(
