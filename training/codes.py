@@ -30,8 +30,6 @@ from sae_hooks.kernels import (
 )
 from sae_hooks.kernels import product as unrounded_product
 
-CHUNK = 256  # tokens, on a CPU: the (CHUNK, d_sae) pre-activations stay in the cache's reach
-GPU_CHUNK = 2048  # a GPU reads W_enc anew for every chunk, which takes as long as the product of 256 tokens
 PROBE, PROBED = 16, 1024  # tokens and features that tell which form is the quicker one
 DENSE_FROM = 0.2  # share of pairs from which the dense form is the quicker one, on CPUs ...
 GPU_DENSE_FROM, BF16_DENSE_FROM = 0.03, 0.009  # ... on GPUs, whose products are quicker: the first by arithmetic only

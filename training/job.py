@@ -110,7 +110,8 @@ class Job:
 
     def claim(self) -> None:
         """Take `out` for this training. Raises CheckpointError if it holds another one's state, FileExistsError if it
-        holds SAEs and no state."""
+        holds SAEs and no state, DataError if the cache holds anything but a harvest."""
+        self._check_cache()
         path, started = self.out / RECORD, any((self.out / "checkpoints").glob("step-*"))
         here = self.record()
         if started and path.exists():
@@ -124,6 +125,13 @@ class Job:
             raise FileExistsError(f"{taken[0]} is there already, and no training to go on with; take another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically({path: json_bytes(here)})
+
+    def _check_cache(self) -> None:
+        names = [] if self.cache is None or not self.cache.is_dir() else sorted(p.name for p in self.cache.iterdir())
+        visible = [name for name in names if not name.startswith(".")]
+        if self.cache is not None and visible and not any(self.cache.glob("*/harvest.json")):
+            raise DataError(f"{self.cache} holds {visible[0]}, and no activations: give --cache an empty folder, one "
+                            "that is not there, or one that was harvested into")
 
     def record(self) -> dict[str, Any]:
         """What decides the activations, beside what the streams and the trainer compare themselves."""

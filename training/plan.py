@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from sae_hooks.errors import TrainingError
+from sae_hooks.kernels.tiles import GPU_SIZE, GPU_TOKENS
 from sae_hooks.sites import layers_path, resolve, text_config, width
 
-from .codes import GPU_CHUNK, dense_from
+from .codes import dense_from
 from .harvest import TOKENS_PER_BATCH
 from .recipes import Recipe
 
@@ -184,7 +185,7 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     """(sparse form, dense form) of one step, forward, backward and Adam, of d_sae / shards features on batch / groups
     rows.
 
-    Both: the larger of each product's FLOP, 2 rows features d, and the bytes of its matrix, once for each GPU_CHUNK of
+    Both: the larger of each product's FLOP, 2 rows features d, and the bytes of its matrix, once for each GPU_TOKENS of
     rows in the sparse form; then bytes that are moved: gradients written, DECODER_PASSES, ADAM_BYTES, PRE_BIAS_BYTES.
     Adam by rows: ROW_ADAM_BYTES in their place, in the dense form with gradients written and read. Sparse: the
     encoder's product alone, ENCODER_PASSES, and 4 gathers of HELD * l0 * rows / shards rows of d (decode and its
@@ -195,7 +196,7 @@ def step_seconds(recipe: Recipe, place: tuple[int, int], l0: float, machine: Mac
     (d_in, d_out), rows, features = place, recipe.batch_size / groups, recipe.d_sae / shards
     peak = machine.bf16_flops if recipe.bf16 else machine.tf32_flops
     flops, bandwidth = peak * machine.sae_share, machine.bandwidth * machine.bandwidth_share
-    encode = max(2 * rows * features * d_in / flops, math.ceil(rows / GPU_CHUNK) * FLOAT * d_in * features / bandwidth)
+    encode = max(2 * rows * features * d_in / flops, math.ceil(rows / GPU_TOKENS) * FLOAT * d_in * features / bandwidth)
     products = 2 * rows * features * (2 * d_in + 3 * d_out) / flops
     weights = features * (d_in + d_out)
     whole = weights * (FLOAT + ADAM_BYTES) + DECODER_PASSES * FLOAT * d_out * features * recipe.objective.unit_decoder
@@ -222,8 +223,8 @@ def memory(recipe: Recipe, cost: ModelCost, l0: float, groups: int = 1, shards: 
     Language model in bf16, and its working memory for TOKENS_PER_BATCH tokens. Each SAE's weights, gradients and two
     moments of Adam in float32, 16 bytes a weight; by rows one moment, and gradients only in the dense form. Activations
     of one SAE at a time, in the larger of its forms: dense, DENSE_TENSORS of (rows, features); sparse, PAIR_BYTES a
-    pair and 3 tensors of (GPU_CHUNK, features); and 6 of the rows themselves. Temporary: two more of W_dec's size while
-    it is projected, if not by rows.
+    pair and 3 tensors of (rows, features), or of GPU_SIZE numbers; and 6 of the rows themselves. Temporary: two more of
+    W_dec's size while it is projected, if not by rows.
     """
     features, d_in, d_out = recipe.d_sae / shards, *(max(sizes) for sizes in zip(*cost.places, strict=True))
     weights = sum(features * (a + b + 2) + b for a, b in cost.places)
@@ -238,7 +239,7 @@ def activation_bytes(recipe: Recipe, l0: float, groups: int = 1, shards: int = 1
     """(dense form, sparse form) of one SAE's features on a batch; see `memory`."""
     features, rows = recipe.d_sae / shards, recipe.batch_size / groups
     pairs = HELD * l0 * rows / shards
-    return DENSE_TENSORS * FLOAT * rows * features, PAIR_BYTES * pairs + 3 * FLOAT * min(rows, GPU_CHUNK) * features
+    return DENSE_TENSORS * FLOAT * rows * features, PAIR_BYTES * pairs + 3 * FLOAT * min(rows * features, GPU_SIZE)
 
 
 def disk(recipe: Recipe, cost: ModelCost, cache_tokens: int | None = None) -> dict[str, float]:

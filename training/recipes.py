@@ -112,6 +112,10 @@ def variants(recipe: Recipe, kind: str = "jumprelu", l0: Sequence[float] = (),
         made = _topks(recipe, kind, l0, sparsity)
     else:
         made = _penalised(recipe, kind, l0, sparsity)
+    given = l0 or sparsity
+    if given and len(made) < len(given):
+        raise TrainingError(f"give each L0 or sparsity once: of {', '.join(f'{value:g}' for value in given)} "
+                            f"{len(given)} SAEs cannot have names of their own")
     return {name: replace(recipe, objective=objective) for name, objective in made.items()}
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from cli.test_training_commands import MODEL, SITE, SMALL, done, equal, run, weights, write_texts
+from cli.test_training_commands import MODEL, SHORT, SITE, SMALL, done, equal, run, weights, write_texts
 from safetensors.torch import load_file, save_file
 
 from sae_hooks import FeatureStatistics, load_sae
@@ -73,3 +73,16 @@ def test_a_cache_has_as_many_activations_as_were_asked_for(text, tmp_path):
     done("train", MODEL, "--text", text, *SMALL, "--tokens", 960, "--cache", tmp_path / "acts", "--epochs", 1,
          "--out", tmp_path / "out")
     assert 960 + 64 <= len(Shards(tmp_path / "acts" / SITE)) < 960 + 64 + 64  # a batch more, for attention sinks
+
+
+def test_a_cache_is_no_folder_of_other_things(text, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".hidden").touch()
+    (tmp_path / "mine" / "letters.txt").touch()
+    arguments = ("train", MODEL, "--text", text, *SMALL, *SHORT, "--out", tmp_path / "out")
+    refused = run(*arguments, "--cache", tmp_path / "mine")
+    assert refused.exit_code == 1
+    assert "mine holds letters.txt, and no activations: give --cache an empty folder" in refused.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".hidden", "letters.txt", "mine"]
+    (tmp_path / "mine" / "letters.txt").unlink()
+    done(*arguments, "--cache", tmp_path / "mine")

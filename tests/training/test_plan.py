@@ -161,11 +161,12 @@ def test_memory_by_hand(cost):
     assert parted["activations"] == found["activations"] / 8
 
 
-def test_the_sparse_form_takes_a_quarter_of_the_dense_one():
+def test_the_sparse_form_takes_a_tile_at_a_time():
     dense, sparse = activation_bytes(paper, 60.0)
     assert dense == 6 * 4 * 4096 * 131_072
-    assert sparse == 40 * 2 * 60 * 4096 + 3 * 4 * 2048 * 131_072
-    assert sparse < dense / 3.9
+    assert sparse == 40 * 2 * 60 * 4096 + 3 * 4 * 2**26, "tiles of 64 million pairs"
+    small = replace(paper, d_sae=1024)
+    assert activation_bytes(small, 60.0)[1] == 40 * 2 * 60 * 4096 + 3 * 4 * 4096 * 1024
 
 
 def test_disk_by_hand(cost):

@@ -92,6 +92,9 @@ def test_every_objective_can_be_had():
     ("jumprelu", {"l0": [-1]}, "L0 above 0"),
     ("topk", {"l0": [float("inf")]}, "L0 above 0"),
     ("jumprelu", {"l0": [30], "sparsity": [1.0, 2.0]}, "at most one sparsity"),
+    ("jumprelu", {"l0": [5, 30, 5.0]}, "give each L0 or sparsity once: of 5, 30, 5"),
+    ("batchtopk", {"l0": [5, 5]}, "2 SAEs cannot have names of their own"),
+    ("relu", {"sparsity": [0.1, 0.10000001]}, "give each L0 or sparsity once"),
 ])
 def test_numbers_that_an_objective_cannot_take_are_refused(kind, numbers, told):
     with pytest.raises(TrainingError, match=told):

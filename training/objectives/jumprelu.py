@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_hooks.errors import TrainingError
 from sae_hooks.sae import SAE
 
-from ..codes import CHUNK, Code, encode
+from ..codes import Code, encode, product
 from ..schedules import linear_warmup
 from ..settings import expect
 from ..ste import Kernel, jump_and_step, support
@@ -101,7 +101,7 @@ class JumpReLU(Objective):
 
 def threshold_for(sae: SAE, x: Tensor, bias: Tensor, l0: float) -> float:
     """The one threshold, >= 0, above which l0 features are active on a token, averaged over x (batch, d_in)."""
-    pre = torch.cat([(part @ sae.W_enc + bias).relu().flatten() for part in torch.split(x[:SAMPLE], CHUNK)])
+    pre = product(x[:SAMPLE], sae.W_enc, bias).relu().flatten()
     active = min(len(pre) - 1, round(l0 * min(len(x), SAMPLE)))
     return float(pre.kthvalue(len(pre) - active).values)
 
