@@ -24,8 +24,10 @@ LAYER_LISTS = ("layers", "h", "blocks")
 # Within a decoder layer, first match wins. What a norm after the sub-layer gives (Gemma 2 and 3, OLMo 2, GLM-4) is what
 # the residual stream receives.
 MLP_OUT = ("post_feedforward_layernorm.output", "post_mlp_layernorm.output", "post_ffn_norm.output",
-           "mlp.dense_4h_to_h.output", "mlp.output", "feed_forward.output", "fc2.output")
-MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "feed_forward.input", "fc1.input")
+           "mlp.dense_4h_to_h.output", "mlp.output", "feed_forward.output", "fc2.output", "block_sparse_moe.output",
+           "mlp_block.output", "ffn.down_proj.output", "ffn.output")
+MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "feed_forward.input", "fc1.input", "block_sparse_moe.input",
+          "mlp_block.input", "ffn.up_proj.input", "ffn.input")
 ATTN_OUT = (
     "self_attn.o_proj.input",
     "attn.c_proj.input",
@@ -35,7 +37,11 @@ ATTN_OUT = (
     "self_attn.out_proj.input",
     "self_attention.dense.input",
     "self_attn.dense.input",
+    "norm_attn_norm.attn.out_proj.input",
+    "temporal_block.o_proj.input",
 )
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block", "ffn")  # that give what is as wide as the layer
+TIME_FIRST = ("fsmt", "xlnet")  # models inside which activations are (tokens, batch, d)
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,17 @@ def resolve(model: nn.Module, site: str) -> Site:
     """Find a site such as "model.layers.20.output" in a model, also inside PEFT, compiled and multimodal wrappers.
 
     The path may be a suffix of the real one, or the real one a suffix of it. Raises SiteError naming what comes
-    nearest.
+    nearest, or for a model of TIME_FIRST.
     """
     path, _, side = site.rpartition(".")
     if side not in SIDES:
         raise SiteError(
             f"a site is a module path that ends in {', '.join('.' + s for s in SIDES)}, or with layer= one of "
             f"{', '.join(KINDS)}; got {site!r}"
+        )
+    if getattr(text_config(model), "model_type", None) in TIME_FIRST:
+        raise SiteError(
+            f"{type(model).__name__} keeps its activations as (tokens, batch, d); SAEs need them as (batch, tokens, d)"
         )
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -153,7 +163,7 @@ def width(model: nn.Module, site: Site) -> int | None:
         return weight.shape[-1]
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):  # GPT-2's transposed linear layer
         return weight.shape[0 if site.side == "input" else 1]
-    in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.mlp|\.feed_forward)?$", site.path)
+    in_layer = re.search(rf"\b({'|'.join(LAYER_LISTS)})\.\d+(\.({'|'.join(MLPS)}))?$", site.path)
     config = text_config(model)  # of the text model, not of a tower beside it
     hidden, several = getattr(config, "hidden_size", None), hasattr(config, "hc_count")
     known = in_layer and not several and not OTHER_TOWERS.search(site.path)  # Qwen4's layers give several side by side
@@ -240,6 +250,8 @@ def _unknown(model: nn.Module, path: str, modules: dict[str, nn.Module]) -> str:
 
 def _first(block: nn.Module, candidates: tuple[str, ...], root: str) -> str:
     names = {name for name, _ in block.named_modules()}
+    if "shared_mlp" in names:  # Granite's adds to the residual stream what both give together
+        names.discard("block_sparse_moe")
     for candidate in candidates:
         if candidate.rpartition(".")[0] in names:
             return candidate

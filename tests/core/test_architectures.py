@@ -8,7 +8,7 @@ from core.reference import array, encode, ordinary, seen
 from core.steering import IDS, MASK, SITE
 from tiny_models import ARCHITECTURES, HIDDEN, LLAMA_LIKE, POSITIONS, VOCABULARY, make_model, make_sae
 
-from sae_hooks import SaeAttachError, SaeMismatchError, attach_saes, extract_features, sites
+from sae_hooks import SaeAttachError, SaeMismatchError, SiteError, attach_saes, extract_features, sites
 from sae_hooks.formats.hook_names import kind_of
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -37,6 +37,14 @@ FAMILIES = {
     "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
     "Bamba": {**MAMBA, "attn_layer_indices": [1]}, "FalconH1": {**MAMBA, "mamba_d_ssm": 64},
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2},
+    "RecurrentGemma": {"block_types": ["recurrent", "attention"], "lru_width": HIDDEN, "conv1d_width": 2,
+                       "head_dim": 8},
+    "Dbrx": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "max_seq_len": POSITIONS,
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2,
+                            "ffn_act_fn": {"name": "silu"}}},
     "Qwen3Next": {**EXPERTS, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16,
                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
                   "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
@@ -93,8 +101,8 @@ def test_the_aliases_are_what_the_mlp_adds_what_it_reads_and_what_the_attention_
                                (change @ heads.module.weight.T).expand(*IDS.shape, -1), rtol=1e-3, atol=1e-3)
     read, written = places["transcoder"]
     assert written.key == added.key
-    mlp = model.get_submodule(f"{layer}.{'feed_forward' if 'feed_forward' in read.path else 'mlp'}")
-    assert read.module is mlp or "norm" in read.path
+    mlp = next(name for name in sites.MLPS if hasattr(model.get_submodule(layer), name))
+    assert read.path.removeprefix(f"{layer}.") in (mlp, f"{mlp}.up_proj") or "norm" in read.path
     for kind in ("resid_post", "mlp_out"):
         assert sites.width(model, places[kind][0]) == HIDDEN
 
@@ -103,6 +111,23 @@ def test_the_aliases_are_what_the_mlp_adds_what_it_reads_and_what_the_attention_
 def test_an_sae_saved_where_an_alias_says_is_found_by_that_alias(name):
     model = make_model(name) if name in ARCHITECTURES else make(name, **{**LLAMA_LIKE, **LAYERS, **FAMILIES[name]})
     assert {kind: kind_of(*sites.alias(model, 1, kind)) for kind in sites.KINDS} == {kind: kind for kind in sites.KINDS}
+
+
+def test_an_mlp_beside_another_one_is_not_what_is_added():
+    model = make("GraniteMoeShared", **{**LLAMA_LIKE, **LAYERS}, num_local_experts=4, shared_intermediate_size=16)
+    for kind in ("mlp_out", "transcoder"):
+        with pytest.raises(SiteError, match=r"model\.layers\.1 has none of .*; give the site as a module path"):
+            sites.alias(model, 1, kind)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("XLNet", "layer.1"), ("FSMT", "model.decoder.layers.1")])
+def test_models_that_keep_their_tokens_first_are_refused(name, layer):
+    settings = {"d_model": HIDDEN, "n_layer": 2, "n_head": 4, "d_inner": 64} if name == "XLNet" else {
+        **BART, "langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, {"XLNet": "XLNetLMHeadModel", "FSMT": "FSMTForConditionalGeneration"}[name])(config)
+    with pytest.raises(SiteError, match=rf"{name}.* keeps its activations as \(tokens, batch, d\)"):
+        attach_saes(model, make_sae(HIDDEN, 64, f"{layer}.output"))
 
 
 def sharing_a_layer():
