@@ -1,4 +1,4 @@
-"""What the Hugging Face client raises, as our errors with the reason in them; and which requests are tried again."""
+"""Errors told with their place; what the Hugging Face client raises, as ours with the reason; what is tried again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ WAITS = (0.5, 1.0)  # seconds between three tries
 PATIENCE = 10.0  # seconds after which no further try begins; the client itself waits up to 23 s in some cases
 T = TypeVar("T")
 Doing = Literal["open", "read", "push"]  # what a name that may be a local path stands for; its files; writing
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put the place before the message of what a pure function raised."""
+    try:
+        yield
+    except SaeError as error:
+        if str(error).startswith(where):
+            raise
+        raise type(error)(f"{where}: {error}") from (error.__cause__ or error)
 
 
 @contextlib.contextmanager
