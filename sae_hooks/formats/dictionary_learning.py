@@ -1,5 +1,7 @@
 """dictionary_learning: `resid_post_layer_8/trainer_0/{ae.pt, config.json}`; the weights are pickled by PyTorch.
 
+`eval_results.json`, where someone evaluated the SAE, has the L0 that was measured.
+
 The class that config.json names decides the equation: here what `load_dictionary` of dictionary_learning 0.1.0 gives.
 `scale_biases` has folded the scale of the activations in before anything was saved.
 """
@@ -22,7 +24,7 @@ from .entry import Entry
 from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
 
-WEIGHTS, CONFIG = "ae.pt", "config.json"
+WEIGHTS, CONFIG, EVALUATION = "ae.pt", "config.json", "eval_results.json"
 LOOKS_FOR = "ae.pt with config.json (dictionary_learning)"
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 TOPK = LINEAR | {"b_dec": "b_dec", "k": "k", "threshold": "threshold"}
@@ -51,7 +53,7 @@ sites = residual_stream
 def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
     """Every folder among `files` (path -> bytes) with both files; checkpoints of a training only where no finished SAE
     is. A folder named resid_post_layer_8 tells layer and kind."""
-    found = [_entry(path, repo) for path in files
+    found = [_entry(path, repo, files) for path in files
              if path.rpartition("/")[2] == WEIGHTS and path.removesuffix(WEIGHTS) + CONFIG in files]
     return [entry for entry in found if not UNFINISHED.search(f"{repo}/{entry.weights}")] or found
 
@@ -62,7 +64,8 @@ def default(found: list[Entry]) -> list[Entry]:
 
 
 def refine(entry: Entry, config: dict[str, Any]) -> Entry:
-    """The entry with what its config.json says. The L0 is the k of the TopK family, of JumpReLU what was aimed at.
+    """The entry with what its config.json says. The L0 is the k of the TopK family, of JumpReLU what was aimed at; of
+    others it stays what was measured, if that was read.
 
     Raises SaeFormatError where folder and config disagree, and for a transcoder (buffer.io "in_and_out").
     """
@@ -71,11 +74,11 @@ def refine(entry: Entry, config: dict[str, Any]) -> Entry:
         raise SaeFormatError("buffer.io is 'in_and_out': a transcoder; of this format sae_hooks reads plain SAEs only")
     layer, told = _place(entry, trainer, io)
     site = entry.site or told
+    l0 = number(trainer, "k" if _class(trainer) in OF_K else "target_l0")
     return replace(entry, kind=kind_of(told) if told else entry.kind if entry.placed else None, site=site,
                    site_out=entry.site_out or site, layer=layer, model_name=text(trainer, "lm_name"),
                    hook=None if site else text(trainer, "submodule_name"), d_in=size(trainer, "activation_dim"),
-                   width=size(trainer, "dict_size"),
-                   l0=number(trainer, "k" if _class(trainer) in OF_K else "target_l0"))
+                   width=size(trainer, "dict_size"), l0=entry.l0 if l0 is None else l0)
 
 
 def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> SAE:
@@ -99,10 +102,12 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
                metadata={n: v for n, v in {"model_name": entry.model_name, "l0": entry.l0}.items() if v is not None})
 
 
-def _entry(path: str, repo: str) -> Entry:
+def _entry(path: str, repo: str, files: Mapping[str, int]) -> Entry:
     named = PLACE.findall(f"{repo}/{path}")
     kind, layer = named[-1] if named else (None, None)
-    return Entry(dialect="dictionary_learning", weights=path, config=path.removesuffix(WEIGHTS) + CONFIG,
+    folder = path.removesuffix(WEIGHTS)
+    return Entry(dialect="dictionary_learning", weights=path, config=folder + CONFIG,
+                 evaluation=folder + EVALUATION if folder + EVALUATION in files else None,
                  kind="resid_post" if kind == "resid_post" else None, layer=None if layer is None else int(layer))
 
 

@@ -19,7 +19,8 @@ class Entry:
     "embedding"; "crosscoder" and "clt" are listed, but cannot be loaded. `l0` is the average number of active features
     a token; where Gemma Scope 2 says only "small", "medium" or "big", the middle of what that word covers. `hook`:
     the name that its config gives to where it reads, where that alone does not tell the site; `placed`: the site is
-    the caller's word. `flaw`: why its config cannot be read, where it cannot.
+    the caller's word. `evaluation`: a small file with the L0 that was measured, read only where that decides. `flaw`:
+    why its config cannot be read, where it cannot.
     """
 
     dialect: str
@@ -35,6 +36,7 @@ class Entry:
     model_name: str | None = None
     hook: str | None = None
     placed: bool = False
+    evaluation: str | None = None
     flaw: str | None = None
 
     @property

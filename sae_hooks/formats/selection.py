@@ -159,6 +159,18 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     return sorted(_best(fitting, want, where), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
 
 
+def undecided(found: Sequence[Entry], want: Wanted) -> list[Entry]:
+    """Those whose L0 only their evaluation tells, where it decides: of one site several SAEs have the smallest width.
+    """
+    sites: dict[tuple[str | None, str | None], list[Entry]] = {}
+    for entry in found:
+        if matches(entry, want) and entry.site and not entry.flaw:
+            sites.setdefault((entry.site, entry.site_out), []).append(entry)
+    rivals = [[entry for entry in one if _width(entry) == min(map(_width, one))] for one in sites.values()]
+    return [entry for alike in rivals if len(alike) > 1 for entry in alike
+            if entry.l0 is None and entry.evaluation]
+
+
 def _best(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:
     """The first by rank for each site. Raises SaeNotFoundError where an L0 was given and of several none is known."""
     best: dict[tuple[str | None, str | None], Entry] = {}
@@ -255,8 +267,11 @@ def spans(numbers: Sequence[int]) -> str:
 
 def _rank(entry: Entry, want: Wanted) -> tuple[float, float, float, int, str]:
     distance = abs(entry.l0 - want.l0) if entry.l0 is not None else math.inf
-    width = entry.width if entry.width is not None else math.inf
-    return width, distance, entry.l0 or 0.0, len(entry.weights), entry.weights
+    return _width(entry), distance, entry.l0 or 0.0, len(entry.weights), entry.weights
+
+
+def _width(entry: Entry) -> float:
+    return math.inf if entry.width is None else entry.width
 
 
 def _asked(want: Wanted) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,19 @@ import torch
 
 from ..errors import SaeDownloadError, SaeFormatError, SaeMismatchError, SaeNotFoundError, SaeWarning, UnsafeFileError
 from ..formats import DIALECTS, Entry
-from ..formats.selection import all_meant, choose, is_lost, may_match, placed, untold, wanted, without_pickles
+from ..formats.config import number
+from ..formats.selection import (
+    Wanted,
+    all_meant,
+    choose,
+    is_lost,
+    may_match,
+    placed,
+    undecided,
+    untold,
+    wanted,
+    without_pickles,
+)
 from ..formats.weights import sizes, warn_odd_decoder
 from ..sae import SAE
 from .absent import nothing_found
@@ -122,6 +134,7 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     if all_meant(want) and not allow_pickle:
         told, pickles = without_pickles(told, want)
         _warn_of_left("as PyTorch pickled it, which allow_pickle=True reads", [at.where(e.weights) for e in pickles])
+    told = _evaluated(at, told, want)
     others = [entry for entry in offered if entry not in looked_at]
     chosen = choose(told, want, at.where(), told + [e for e in others if e.kind or not _unread(e)],
                     [e for e in others if not e.kind and _unread(e)])
@@ -185,13 +198,37 @@ def _warn_of_left(why: str, left: list[str]) -> None:
 def _refined(at: Source, entries: list[Entry]) -> list[Entry]:
     """The entries with what their small configs say, where names and sizes do not say enough. A config that several
     share is read once."""
+    configs = _configs(at, [_unread(entry) for entry in entries])
+    return [_refined_or_flawed(at, entry, lambda at, name: configs[name].result()) for entry in entries]
+
+
+def _evaluated(at: Source, entries: list[Entry], want: Wanted) -> list[Entry]:
+    """The entries, with the L0 that was measured where it decides which is meant."""
+    results = _configs(at, [entry.evaluation for entry in undecided(entries, want)])
+    return [_with_l0(at, entry, results[entry.evaluation]) if entry.evaluation in results else entry
+            for entry in entries]
+
+
+def _with_l0(at: Source, entry: Entry, results: Future[dict[str, Any]]) -> Entry:
+    """The entry with the L0 in the results of its evaluation. Results that cannot be read are told by a warning: then
+    its L0 stays unknown."""
+    try:
+        with located(at.where(entry.evaluation or "")):
+            return replace(entry, l0=number(results.result(), "l0"))
+    except (SaeFormatError, SaeNotFoundError) as error:
+        warnings.warn(f"{entry.weights} is of unknown L0: {error}", SaeWarning, stacklevel=4)
+        return entry
+
+
+def _configs(at: Source, names: Iterable[str | None]) -> dict[str, Future[dict[str, Any]]]:
+    """Small configs, several at a time, and each once."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        configs = {name: pool.submit(_config, at, name) for name in dict.fromkeys(_unread(e) for e in entries) if name}
+        configs = {name: pool.submit(_config, at, name) for name in dict.fromkeys(names) if name}
         for one in as_completed(configs.values()):
             if isinstance(one.exception(), SaeDownloadError):
                 pool.shutdown(wait=False, cancel_futures=True)  # a Hub that is down is not asked for the other hundreds
                 one.result()
-    return [_refined_or_flawed(at, entry, lambda at, name: configs[name].result()) for entry in entries]
+    return configs
 
 
 def _refined_or_flawed(at: Source, entry: Entry, read: Callable[[Source, str], dict[str, Any]]) -> Entry:

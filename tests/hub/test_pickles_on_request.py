@@ -205,3 +205,69 @@ def test_an_mlp_sae_goes_where_the_caller_says_and_nowhere_else(tmp_path, random
         attach_saes(model, at, allow_pickle=True)
     attach_saes(model, {"model.layers.1.mlp.output": at}, allow_pickle=True, preload=True)
     assert list(model.saes) == ["model.layers.1.mlp.output"]
+
+
+# --- the L0 that someone measured ---------------------------------------------------------------------------------
+
+def evaluated(folder, l0, layer=1, **more):
+    """A ReLU SAE, whose config tells no L0, with the eval_results.json that dictionary_learning's demo writes."""
+    trainer(folder, layer, **{"dict_class": "AutoEncoder", **more})
+    draw = torch.Generator().manual_seed(layer)
+    size = more.get("dict_size", 64)
+    torch.save({"encoder.weight": torch.randn(size, D, generator=draw), "encoder.bias": torch.zeros(size),
+                "decoder.weight": torch.randn(D, size, generator=draw), "bias": torch.zeros(D)}, folder / "ae.pt")
+    results = {"l2_loss": 21.5, "l1_loss": 310.0, "l0": l0, "frac_alive": 0.98, "frac_recovered": 0.97,
+               "hyperparameters": {"n_inputs": 200, "context_length": 128}}
+    (folder / "eval_results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def relu_saes(repo):
+    """A repository with three ReLU SAEs of each of layers 1 and 2, of measured L0 30.5, 120.25 and 400, and a wide one
+    of layer 2."""
+    made = repo("relu")
+    for layer in (1, 2):
+        for n, l0 in enumerate((400.0, 30.5, 120.25)):
+            evaluated(made.dir / f"resid_post_layer_{layer}/trainer_{n}", l0, layer)
+    evaluated(made.dir / "resid_post_layer_2/trainer_3", 100.0, 2, dict_size=128)
+    evaluated(made.dir / "resid_post_layer_3/trainer_0", 77.0, 3)
+    return made
+
+
+@pytest.mark.parametrize(("asked", "n"), [({}, 2), ({"l0": 40}, 1), ({"l0": 1000}, 0)], ids=str)
+def test_where_no_config_tells_an_l0_the_measured_one_chooses(asked, n, relu_saes, cache):
+    sae = load_sae(relu_saes.id, layer=1, cache_dir=cache, allow_pickle=True, **asked)
+    assert sae.metadata["source"].endswith(f"layer_1/trainer_{n}/ae.pt")
+    assert sae.metadata["l0"] == (400.0, 30.5, 120.25)[n]
+    found = find_saes(relu_saes.id, cache_dir=cache, allow_pickle=True, **asked)
+    assert [file.entry.weights for file in found] == [
+        f"resid_post_layer_1/trainer_{n}/ae.pt", f"resid_post_layer_2/trainer_{n}/ae.pt",
+        "resid_post_layer_3/trainer_0/ae.pt"]
+
+
+def test_evaluations_are_read_only_where_they_decide(relu_saes, cache, hub):
+    list_saes(relu_saes.id, cache_dir=cache)
+    find_saes(relu_saes.id, layer=3, cache_dir=cache, allow_pickle=True)
+    find_saes(relu_saes.id, layer=2, width=128, cache_dir=cache, allow_pickle=True)
+    assert not hub.seen("eval_results")
+    find_saes(relu_saes.id, layer=2, cache_dir=cache, allow_pickle=True)
+    asked = {line.split("/resolve/")[1].split("/", 1)[1].split("?")[0] for line, _ in hub.requests
+             if "eval_results" in line}
+    assert asked == {f"resid_post_layer_2/trainer_{n}/eval_results.json" for n in range(3)}
+
+
+@pytest.mark.parametrize("content", ['{"l0": NaN}', '{"l0": "few"}', "[]", ""])
+def test_results_that_cannot_be_read_are_told_and_leave_the_l0_unknown(content, tmp_path):
+    for n, l0 in enumerate((400.0, 30.0, 110.0)):
+        evaluated(tmp_path / f"resid_post_layer_1/trainer_{n}", l0)
+    (tmp_path / "resid_post_layer_1/trainer_2/eval_results.json").write_text(content)
+    with pytest.warns(SaeWarning, match=r"trainer_2/ae\.pt is of unknown L0: .*trainer_2/eval_results\.json: "):
+        [file] = find_saes(tmp_path, allow_pickle=True)
+    assert (file.entry.l0, file.load().metadata["l0"]) == (30.0, 30.0)
+
+
+def test_the_l0_of_a_config_goes_before_the_measured_one(tmp_path):
+    for n, (target, l0) in enumerate(((20.0, 90.0), (100.0, 700.0))):
+        evaluated(tmp_path / f"resid_post_layer_1/trainer_{n}", l0, target_l0=target)
+    [file] = find_saes(tmp_path, allow_pickle=True)
+    assert (file.entry.weights, file.entry.l0) == ("resid_post_layer_1/trainer_1/ae.pt", 100.0)
