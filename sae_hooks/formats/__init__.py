@@ -49,7 +49,7 @@ class Dialect(Protocol):
         """The entry with what its config adds."""
 
     def build(self, entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> SAE:
-        """The SAE."""
+        """The SAE. The tensors are taken over: their memory becomes the SAE's, also changed in place."""
 
 
 DIALECTS: dict[str, Dialect] = {

@@ -22,7 +22,15 @@ from ..sae import SAE
 from .config import number, section, size, text
 from .entry import Entry
 from .hook_names import kind_of, layer_of, residual_stream, to_site
-from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
+from .weights import (
+    fold_decoder_norms,
+    gated_as_threshold,
+    orient,
+    positive,
+    require,
+    row_norms,
+    subtract_from_bias,
+)
 
 WEIGHTS, CONFIG, EVALUATION = "ae.pt", "config.json", "eval_results.json"
 LOOKS_FOR = "ae.pt with config.json (dictionary_learning)"
@@ -193,7 +201,7 @@ def _encoder(t: Mapping[str, Tensor], dict_class: str) -> tuple[Tensor, Tensor, 
         return W_enc, b_enc, W_dec, zeros + level if float(level) >= 0 else None
     if dict_class == "JumpReluAutoEncoder":
         return W_enc, b_enc, W_dec, positive(t["threshold"])
-    norms = torch.linalg.vector_norm(W_dec, dim=1)
+    norms = row_norms(W_dec, zeros.dtype)
     if dict_class == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms)):
         W_enc, b_enc, W_dec = fold_decoder_norms(W_enc, b_enc, W_dec)  # as its from_pretrained does
     return W_enc, b_enc, W_dec, zeros

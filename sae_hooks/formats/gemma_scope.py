@@ -63,7 +63,8 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
                        "b_enc": (d_sae,), "b_dec": (d_out,), "threshold": (d_sae,)})
     if entry.kind == "embedding":
         # transformers 5 multiplies by sqrt(d) inside embed_tokens; these SAEs were trained on the bare rows
-        t |= {"W_enc": t["W_enc"] / d_out**0.5, "W_dec": t["W_dec"] * d_out**0.5, "b_dec": t["b_dec"] * d_out**0.5}
+        t |= {"W_enc": t["W_enc"].div_(d_out**0.5), "W_dec": t["W_dec"].mul_(d_out**0.5),
+              "b_dec": t["b_dec"].mul_(d_out**0.5)}
     return SAE(t["W_enc"], t["b_enc"], t["W_dec"], t["b_dec"],
                threshold=positive(t["threshold"]), site=entry.site, site_out=entry.site_out,
                metadata={k: v for k, v in {"model_name": entry.model_name, "l0": entry.l0}.items() if v is not None})

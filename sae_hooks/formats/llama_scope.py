@@ -21,7 +21,7 @@ from ..sae import SAE
 from .entry import Entry
 from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .llama_scope_config import Recipe, average, read
-from .weights import orient, require
+from .weights import orient, require, row_norms, to_change
 
 LOOKS_FOR = ("hyperparams.json with checkpoints/final.safetensors, config.json with sae_weights.safetensors (Llama "
              "Scope)")
@@ -105,8 +105,9 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
     scale, scale_out = (W_enc.shape[0] ** 0.5 / norm for norm in norms) if norms else (1.0, 1.0)
     unit, threshold = _unit(W_dec, threshold, recipe, scale, scale_out)
     told = {"model_name": entry.model_name, "l0": entry.l0, "typical_norm": norms[0] if norms else None}
-    return SAE(W_enc * (unit * scale), b_enc * unit, W_dec / (torch.where(unit > 0, unit, 1) * scale_out)[:, None],
-               b_dec / scale_out, threshold=threshold, k=recipe.k, site=entry.site, site_out=entry.site_out,
+    return SAE(to_change(W_enc.T).mul_((unit * scale)[:, None]).T, b_enc * unit,
+               to_change(W_dec).div_((torch.where(unit > 0, unit, 1) * scale_out)[:, None]), b_dec / scale_out,
+               threshold=threshold, k=recipe.k, site=entry.site, site_out=entry.site_out,
                metadata={k: v for k, v in told.items() if v is not None})
 
 
@@ -171,8 +172,7 @@ def _unit(W_dec: Tensor, threshold: Tensor | None, recipe: Recipe, scale: float,
     weight / scale_out. Where rows keep their norms it is 1 / scale. Thresholds since then are for weight * feature.
     """
     wide = torch.promote_types(W_dec.dtype, torch.float32)
-    weight = (torch.linalg.vector_norm(W_dec, dim=1, dtype=wide) if recipe.weighed
-              else torch.ones_like(W_dec[:, 0], dtype=wide))
+    weight = row_norms(W_dec, wide) if recipe.weighed else torch.ones_like(W_dec[:, 0], dtype=wide)
     if recipe.first:
         return (weight / scale_out if recipe.weighed else weight / scale), threshold
     if threshold is None:

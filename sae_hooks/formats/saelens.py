@@ -19,7 +19,7 @@ from ..sae import SAE
 from .entry import Entry, all_of_them
 from .hook_names import SIDES, kind_of, layer_of, residual_stream, to_lens, to_site
 from .saelens_config import GENERATED, VERSION, Recipe, read
-from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias
+from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias, to_change
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 LOOKS_FOR = "cfg.json with sae_weights.safetensors (SAELens)"
@@ -77,7 +77,7 @@ def build(entry: Entry, tensors: Mapping[str, Tensor], config: dict[str, Any] | 
         # TopK picks the k largest of pre * |decoder row| then
         W_enc, b_enc, W_dec = fold_decoder_norms(W_enc, b_enc, W_dec)
     if "scaling_factor" in t:
-        W_dec = W_dec * t["scaling_factor"][:, None]
+        W_dec = to_change(W_dec).mul_(t["scaling_factor"][:, None])
     return SAE(W_enc, b_enc, W_dec, t["b_dec"], threshold=threshold, k=recipe.k, site=entry.site,
                W_skip=t["W_skip"].T if recipe.skips else None, site_out=entry.site_out, metadata=recipe.metadata)
 

@@ -1,4 +1,7 @@
-"""Checks and foldings of raw tensors that the dialects share. Nothing here reads a file."""
+"""Checks and foldings of raw tensors that the dialects share. Nothing here reads a file.
+
+What is folded into a matrix is folded in place where its dtype allows it: an SAE may fill most of a machine's memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeMismatchError, SaeWarning
 
 MOST_NORM = 1e4
-AT_ONCE = 4096  # features
+AT_ONCE = 1024  # features
 ENCODERS = ("W_enc", "w_enc", "W_E", "encoder.weight")
 BIASES = ("b_enc", "b_gate", "b_E", "encoder.bias", "gate_bias")  # as long as there are features
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -55,28 +58,45 @@ def subtract_from_bias(b_enc: Tensor, shift: Tensor, W_enc: Tensor) -> Tensor:
 
     Some features at a time: all at once would take twice the encoder's memory beside it.
     """
-    shifted = torch.cat([shift.double() @ some.double() for some in torch.split(W_enc, AT_ONCE, dim=1)])
-    return (b_enc.double() - shifted).to(torch.promote_types(b_enc.dtype, torch.float32))
+    shifted = b_enc.double()
+    for into, some in zip(torch.split(shifted, AT_ONCE), torch.split(W_enc, AT_ONCE, dim=1), strict=True):
+        into -= shift.double() @ some.double()
+    return shifted.to(torch.promote_types(b_enc.dtype, torch.float32))
 
 
 def gated_as_threshold(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc, b_enc and threshold of the JumpReLU SAE that a gated SAE with its tied encoder is.
+    """W_enc, b_enc and threshold of the JumpReLU SAE that a gated SAE with its tied encoder is. W_enc is taken over.
 
     arXiv 2404.16014, section 3.2: the gate x W + b_gate > 0 means that the magnitude exp(r) x W + b_mag is above
     b_mag - exp(r) b_gate.
     """
-    wide = torch.promote_types(W_enc.dtype, torch.float32)
+    rows = to_change(W_enc.T)
     gain = r_mag.double().exp()
     threshold = (b_mag.double() - gain * b_gate.double()).clamp(min=0)
-    return W_enc * gain.to(wide), b_mag, threshold.to(wide)
+    return rows.mul_(gain.to(rows.dtype)[:, None]).T, b_mag, threshold.to(rows.dtype)
 
 
 def fold_decoder_norms(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same reconstruction with decoder rows of norm 1, by features that are so much larger; rows of norm 0 never
-    fire then."""
-    wide = torch.promote_types(W_dec.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=torch.float64).to(wide)
-    return W_enc * norms, b_enc * norms, W_dec / torch.where(norms > 0, norms, 1.0)[:, None]
+    fire then. The matrices are taken over."""
+    decoder, encoder = to_change(W_dec), to_change(W_enc.T)
+    norms = row_norms(decoder, torch.float64).to(decoder.dtype)
+    decoder.div_(torch.where(norms > 0, norms, 1.0)[:, None])
+    return encoder.mul_(norms[:, None]).T, b_enc * norms, decoder
+
+
+def to_change(rows: Tensor) -> Tensor:
+    """Rows, one a feature, in float32 or wider, to be changed in place: the same memory where they are so already, else
+    a contiguous copy."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
+def row_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The L2 norm of each row, in this dtype; some rows at a time, for torch copies them all to sum in a wider one."""
+    norms = torch.empty(len(rows), dtype=dtype, device=rows.device)
+    for into, some in zip(torch.split(norms, AT_ONCE), torch.split(rows, AT_ONCE), strict=True):
+        into.copy_(torch.linalg.vector_norm(some, dim=1, dtype=dtype))
+    return norms
 
 
 def positive(threshold: Tensor) -> Tensor:
@@ -92,7 +112,7 @@ def warn_odd_decoder(W_dec: Tensor) -> None:
 
     Published SAEs have rows of norm 1, or of some few; 1e4 leaves room for any sane scale of activations.
     """
-    norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+    norms = row_norms(W_dec, torch.promote_types(W_dec.dtype, torch.float32))
     zero, longest = int((norms == 0).sum()), float(norms.max())
     odd = [f"{zero} of {norms.numel()} decoder rows are zero: these features write nothing"] * bool(zero)
     odd += [f"decoder row {int(norms.argmax())} has norm {longest:g}"] * (longest > MOST_NORM)

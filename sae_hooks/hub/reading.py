@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,15 +58,10 @@ class SaeFile:
         """
         check_dtype(dtype)
         self.check_allowed()
-        dialect = DIALECTS[self.entry.dialect]
         config = _config(self.source, self.entry.config) if self.entry.config else None
         path = self.source.fetch(self.entry.weights)
         with located(self.where):
-            tensors = (read_pickle if self.entry.pickled else read_tensors)(path, dialect.NAMES)
-            check_finite(tensors)
-            sae = dialect.build(self.entry, tensors, config)
-            _check_promise(self.entry, sae)
-            _check_folded(sae, tensors)
+            sae = _built(self.entry, path, config)
             warn_odd_decoder(sae.W_dec)
         self._read_statistics(sae)
         if not self.source.local:
@@ -274,20 +269,21 @@ def _measured(at: Source, entry: Entry) -> Entry:
         return replace(entry, width=width, d_in=d_in)
 
 
-def _check_promise(entry: Entry, sae: SAE) -> None:
-    """Raise SaeFormatError where the weights are not what name or config promised; a size promises nothing."""
+def _built(entry: Entry, path: Path, config: dict[str, Any] | None) -> SAE:
+    """The SAE in a weight file. Raises SaeFormatError where the weights are not what name or config promised (a size
+    promises nothing), and where what was computed from finite values is not finite, as exp(r_mag) may be."""
+    dialect = DIALECTS[entry.dialect]
+    tensors = (read_pickle if entry.pickled else read_tensors)(path, dialect.NAMES)
+    check_finite(tensors)
+    sae = dialect.build(entry, tensors, config)
     if entry.width not in (None, sae.d_sae):
         raise SaeFormatError(f"the file is not what its name or config says: width is {sae.d_sae}, expected "
                              f"{entry.width}")
-
-
-def _check_folded(sae: SAE, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise SaeFormatError where what was computed from a file's finite values is not finite, as exp(r_mag) may be."""
-    read = {tensor.data_ptr() for tensor in tensors.values()}
     try:
-        check_finite({name: p for name, p in sae.named_parameters() if p.data_ptr() not in read})
+        check_finite(dict(sae.named_parameters()))
     except SaeFormatError as error:
         raise SaeFormatError(f"with its scales, norms or gains folded in, {error}") from error
+    return sae
 
 
 def _cell(value: float | None) -> str:

@@ -86,7 +86,8 @@ def decode(w, acts):
 
 
 def as_tensors(w, dtype=torch.float64):
-    return {name: torch.from_numpy(array).to(dtype) for name, array in w.items()}
+    """Copies: a dialect may fold in place what it is given."""
+    return {name: torch.from_numpy(array).to(dtype, copy=True) for name, array in w.items()}
 
 
 def assert_agrees(sae, x, acts, x_hat, rel=1e-6):

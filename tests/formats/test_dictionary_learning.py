@@ -53,7 +53,7 @@ def linear(w, **biases):
 
 
 def build(found, dict_class, entry=None, **more):
-    tensors = {name: value if isinstance(value, torch.Tensor) else torch.from_numpy(value)
+    tensors = {name: value if isinstance(value, torch.Tensor) else torch.from_numpy(value.copy())
                for name, value in found.items()}
     return dictionary_learning.build(entry or one(), tensors, config(dict_class, **more))
 
