@@ -171,12 +171,16 @@ def list_saes(source: str | Path, *, revision: str | None = None, token: str | N
 
 
 def _offered(at: Source) -> list[Entry]:
-    """Everything that a dialect recognises in a source. Raises SaeNotFoundError, or UnsafeFileError if only pickles."""
+    """Everything that a dialect recognises in a source. Warns of links to other folders, which are not searched.
+
+    Raises SaeNotFoundError, or UnsafeFileError if only pickles."""
     files = at.files()
     found = [entry for dialect in DIALECTS.values() for entry in dialect.entries(files, at.name)]
-    if found:
-        return found
-    raise nothing_found(at, files)
+    if not found:
+        raise nothing_found(at, files)
+    if told := at.left_out():
+        warnings.warn(f"{at.where()}: {told}", SaeWarning, stacklevel=3)
+    return found
 
 
 def _meant(offered: list[Entry]) -> list[Entry]:

@@ -42,6 +42,9 @@ class Source(Protocol):
     def where(self, path: str = "") -> str:
         """What to call a file in messages."""
 
+    def left_out(self) -> str:
+        """What to say of links to folders elsewhere, which are not followed; "" where none are."""
+
     def instead(self) -> str:
         """What may have been meant where no SAE is found; "" where nothing comes to mind."""
 
@@ -89,8 +92,7 @@ class LocalSource:
         if self.only:
             return {name: _size(self.root / name) for name in (self.only, *BESIDE) if (self.root / name).is_file()}
         found: dict[str, int] = {}
-        for folder, inside, names in os.walk(self.root):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
+        for folder, _, names in self._folders():
             for name in sorted(names):
                 path = Path(folder, name)
                 found[path.relative_to(self.root).as_posix()] = _size(path)
@@ -111,10 +113,21 @@ class LocalSource:
     def instead(self) -> str:
         if self.only in BESIDE:
             return f"{self.only} goes with weights; name its folder, {self.root}"
-        inside = [] if self.only else [Path(folder, name) for folder, names, _ in os.walk(self.root) for name in names]
-        links = sorted(path.relative_to(self.root).as_posix() for path in inside if path.is_symlink())
-        told = ", ".join(links[:6])
+        return self.left_out()
+
+    def left_out(self) -> str:
+        root = self.root.resolve()
+        inside = [] if self.only else [Path(folder, name) for folder, names, _ in self._folders() for name in names]
+        links = [path.relative_to(self.root).as_posix() for path in inside
+                 if path.is_symlink() and not path.resolve().is_relative_to(root)]
+        told = ", ".join(links[:6]) + (f" and {len(links) - 6} more" if len(links) > 6 else "")
         return f"Links to folders are not followed; name one as the source: {told}" if links else ""
+
+    def _folders(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Every folder, but for hidden ones, with the folders and the files in it, and links to such."""
+        for folder, inside, names in os.walk(self.root):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            yield folder, inside, names
 
 
 class HubSource:
@@ -166,6 +179,9 @@ class HubSource:
 
     def where(self, path: str = "") -> str:
         return "/".join(part for part in (f"{self.repo}@{self.commit}", self.folder, path) if part)
+
+    def left_out(self) -> str:
+        return ""
 
     def instead(self) -> str:
         above, paths = self.folder, self._everything()

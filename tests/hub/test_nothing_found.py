@@ -209,3 +209,17 @@ def test_the_name_of_a_dtype_is_refused_before_anything_is_attached(gemma_repo, 
     with pytest.raises(SaeFormatError, match="got 'float16'"):
         attach_saes(model, gemma_repo.id, cache_dir=cache, dtype="float16")
     assert not hasattr(model, "saes")
+
+
+def test_a_link_to_a_folder_elsewhere_is_told_beside_other_saes_and_one_to_what_is_searched_is_not(
+        tmp_path, random_sae):
+    saes, site = tmp_path / "saes", "model.layers.1.output"
+    save_pretrained({site: random_sae(4, 32, site)}, saes)
+    (saes / "latest").symlink_to(saes / site)
+    assert len(find_saes(saes)) == 1
+    (saes / "run").mkdir()
+    (saes / "run/theirs").symlink_to(save_pretrained(random_sae(4, 32, "model.layers.2.output"), tmp_path / "other"))
+    told = r"saes: Links to folders are not followed; name one as the source: run/theirs$"
+    for look in (find_saes, list_saes):
+        with pytest.warns(SaeWarning, match=told):
+            assert len(look(saes)) == 1

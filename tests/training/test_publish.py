@@ -30,6 +30,7 @@ def push(hub):
     return run
 
 
+@pytest.mark.filterwarnings("ignore:.*Links to folders are not followed")
 @pytest.mark.parametrize("name", ["plots", "plots/x.png", "report.json", "README.md", "cfg.json"])
 def test_a_link_out_of_the_folder_is_refused_before_anything_goes_up(name, folder, push, hub, tmp_path):
     secret = tmp_path / "secret"
