@@ -22,15 +22,19 @@ from . import (
     saelens,
     sparsify,
 )
-from .entry import Entry
+from .entry import Entry, Layout
 
 
 class Dialect(Protocol):
     """What every dialect module has. `files` maps posix paths inside the source to bytes."""
 
     @property
-    def LOOKS_FOR(self) -> str:
-        """The files that it is known by, for messages."""
+    def FORMAT(self) -> str:
+        """What people call it, for messages."""
+
+    @property
+    def LAYOUTS(self) -> tuple[Layout, ...]:
+        """The files that it is known by."""
 
     @property
     def NAMES(self) -> frozenset[str]:

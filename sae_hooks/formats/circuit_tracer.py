@@ -19,12 +19,13 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, text
-from .entry import WEIGHTS, Entry, all_of_them
+from .entry import WEIGHTS, Entry, Layout, all_of_them
 from .hook_names import kind_of, to_site
 from .weights import orient, require
 
 CONFIG = "config.yaml"
-LOOKS_FOR = "layer_N.safetensors with config.yaml (circuit-tracer)"
+FORMAT, LAYOUTS = "circuit-tracer", (Layout("layer_N.safetensors", CONFIG, ", which says what it reads and writes: its "
+                    "keys are model_name, model_kind (transcoder_set), feature_input_hook and feature_output_hook"),)
 THRESHOLD = "activation_function.threshold"
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "W_skip", THRESHOLD})
 PLACE = re.compile(r"layer_(\d+)\.safetensors")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import SaeFormatError, SaeWarning
 from ..sae import SAE
 from .config import number, section, size, text
-from .entry import Entry
+from .entry import Entry, Layout
 from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .weights import (
     fold_decoder_norms,
@@ -33,7 +33,7 @@ from .weights import (
 )
 
 WEIGHTS, CONFIG, EVALUATION = "ae.pt", "config.json", "eval_results.json"
-LOOKS_FOR = "ae.pt with config.json (dictionary_learning)"
+FORMAT, LAYOUTS = "dictionary_learning", (Layout(WEIGHTS, CONFIG),)
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 TOPK = LINEAR | {"b_dec": "b_dec", "k": "k", "threshold": "threshold"}
 MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}

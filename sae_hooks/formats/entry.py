@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".distcp")
 WEIGHTS = (".safetensors", ".npz", *PICKLES)
+
+
+class Layout(NamedTuple):
+    """What the files of an SAE are called: its weights, where N is any number, and its config, if it must have one.
+    `hint`: what to say of a config that is missing."""
+
+    weights: str
+    config: str | None = None
+    hint: str = ""
+
+    def names(self, path: str) -> bool:
+        """Whether a path ends in the name of such weights."""
+        return re.search(rf"(?:^|/){re.escape(self.weights).replace('N', '[0-9]+')}$", path) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

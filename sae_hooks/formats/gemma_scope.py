@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import SaeFormatError
 from ..sae import SAE
-from .entry import Entry, d_in_from_size, told_width
+from .entry import Entry, Layout, d_in_from_size, told_width
 from .weights import orient, positive, require
 
-LOOKS_FOR = "params.npz (Gemma Scope)"
+FORMAT, LAYOUTS = "Gemma Scope", (Layout("params.npz"),)
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec", "threshold", "w_enc", "w_dec", "scaling_factor"})
 REPO = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)\b")
 PLACE = re.compile(r"(?:layer_(\d+)|(embedding))/width_(\d+[km]?)/average_l0_(\d+(?:\.\d+)?)/[^/]*$")

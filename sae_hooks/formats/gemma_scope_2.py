@@ -16,11 +16,11 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import number, switch, text
-from .entry import Entry, d_in_from_size, told_width
+from .entry import Entry, Layout, d_in_from_size, told_width
 from .hook_names import in_layer
 from .weights import orient, positive, require
 
-LOOKS_FOR = "params.safetensors (Gemma Scope 2)"
+FORMAT, LAYOUTS = "Gemma Scope 2", (Layout("params.safetensors"),)
 NAMES = frozenset({"w_enc", "w_dec", "b_enc", "b_dec", "threshold", "affine_skip_connection"})
 REPO = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)\b")
 PLACE = re.compile(r"(?:^|/)(resid_post|mlp_out|attn_out|transcoder)(_all)?/"

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ..errors import SaeFormatError
 from ..sae import SAE
-from .entry import Entry
+from .entry import Entry, Layout
 from .hook_names import kind_of, layer_of, residual_stream, to_site
 from .llama_scope_config import Recipe, average, read
 from .weights import orient, require, row_norms, to_change
 
-LOOKS_FOR = ("hyperparams.json with checkpoints/final.safetensors, config.json with sae_weights.safetensors (Llama "
-             "Scope)")
-LAYOUTS = (("checkpoints/final.safetensors", "hyperparams.json"), ("sae_weights.safetensors", "config.json"))
+FORMAT, FIRST = "Llama Scope", "hyperparams.json"
+LAYOUTS = (Layout("checkpoints/final.safetensors", FIRST), Layout("sae_weights.safetensors", "config.json"))
 NORM = "dataset_average_activation_norm."  # before the hook's name, which may be any
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias", "log_jumprelu_threshold")
 BARE = ("W_E", "b_E", "W_D", "b_D", "activation_function.log_jumprelu_threshold")
@@ -52,10 +51,10 @@ def entries(files: Mapping[str, int], repo: str) -> list[Entry]:
     """Every folder among `files` (path -> bytes) in one of the layouts; its name tells layer, kind and width."""
     found = []
     for path in files:
-        for weights, config in LAYOUTS:
-            folder = path.removesuffix(weights)
-            inside = folder != path and (not folder or folder.endswith("/"))
-            if inside and folder + config in files and folder + "cfg.json" not in files:  # with cfg.json: SAELens
+        for layout in LAYOUTS:
+            folder = path.removesuffix(layout.weights)
+            config = f"{folder}{layout.config}"
+            if layout.names(path) and config in files and folder + "cfg.json" not in files:  # with cfg.json: SAELens
                 found.append(_entry(path, folder, config, repo))
     return found
 
@@ -117,13 +116,13 @@ def _entry(path: str, folder: str, config: str, repo: str) -> Entry:
     named = list(NAME.finditer(full))
     first, place, times, later, word, more, k = named[-1].groups() if named else (None,) * 7
     layer, factor = first or later, times or more
-    return Entry(dialect="llama_scope", weights=path, config=folder + config, model_name=model,
+    return Entry(dialect="llama_scope", weights=path, config=config, model_name=model,
                  kind=KINDS.get(place or "", word), layer=int(layer) if layer else None,
                  width=d_model * int(factor) if d_model and factor else None, l0=float(k) if k else None)
 
 
 def _is_first(entry: Entry) -> bool:
-    return (entry.config or "").endswith(LAYOUTS[0][1])
+    return (entry.config or "").endswith(FIRST)
 
 
 def _tensors(tensors: Mapping[str, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, text
-from .entry import Entry, all_of_them, d_in_from_size
+from .entry import Entry, Layout, all_of_them, d_in_from_size
 from .hook_names import residual_stream
 from .weights import orient, require
 
-LOOKS_FOR = "layer0.sae.pt (Qwen Scope)"
+FORMAT, LAYOUTS = "Qwen Scope", (Layout("layerN.sae.pt"),)
 NAMES = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
 CONFIG = "config.json"
 REPO = re.compile(r"SAE-Res-([A-Za-z0-9.-]+?)-W(\d{1,5})K-L0_(\d{1,7})(?![A-Za-z0-9_])")

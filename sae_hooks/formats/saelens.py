@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..errors import SaeFormatError, SaeWarning
 from ..sae import SAE
-from .entry import Entry, all_of_them
+from .entry import Entry, Layout, all_of_them
 from .hook_names import SIDES, kind_of, layer_of, residual_stream, to_lens, to_site
 from .saelens_config import GENERATED, VERSION, Recipe, read
 from .weights import fold_decoder_norms, gated_as_threshold, orient, positive, require, subtract_from_bias, to_change
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-LOOKS_FOR = "cfg.json with sae_weights.safetensors (SAELens)"
+FORMAT, LAYOUTS = "SAELens", (Layout(WEIGHTS, CONFIG),)
 NAMES = frozenset({"W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "W_skip", "b_gate", "b_mag",
                    "r_mag", "scaling_factor"})
 default, sites = all_of_them, residual_stream

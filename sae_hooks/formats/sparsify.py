@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import SaeFormatError
 from ..sae import SAE
 from .config import size, switch, text
-from .entry import Entry
+from .entry import Entry, Layout
 from .hook_names import EMBEDDINGS, PATH, SIDES, kind_of, layer_of
 from .weights import orient, require, subtract_from_bias
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
-LOOKS_FOR = "cfg.json with sae.safetensors (sparsify)"
+FORMAT, LAYOUTS = "sparsify", (Layout(WEIGHTS, CONFIG),)
 NAMES = frozenset({"encoder.weight", "encoder.bias", "W_dec", "b_dec", "W_skip"})
 SEED = re.compile(r"seed\d+")
 # What the one equation cannot express; all but the first are of its branches for cross-layer transcoders.

@@ -41,7 +41,7 @@ def test_a_language_model_is_told_from_a_repository_of_saes(files, tells, repo, 
 
 
 @pytest.mark.parametrize(("name", "tells"), [
-    ("sae_weights.safetensors", "has no cfg.json (SAELens) or config.json (Llama Scope) beside it"),
+    ("sae_weights.safetensors", "has no config.json (Llama Scope) or cfg.json (SAELens) beside it"),
     ("layers.1/sae.safetensors", "has no cfg.json (sparsify) beside it"),
     ("L1R/checkpoints/final.safetensors", "has no hyperparams.json (Llama Scope) in the folder above"),
     ("layer_1.safetensors", "has no config.yaml (circuit-tracer) beside it, which says what it reads and writes")])
