@@ -112,14 +112,15 @@ def is_lost(entry: Entry, want: Wanted) -> bool:
     return entry.site is None and entry.kind not in MULTI_LAYER and not entry.flaw and matches(entry, want)
 
 
-def without_pickles(found: list[Entry], want: Wanted) -> tuple[list[Entry], list[Entry]]:
-    """Those that are no pickles, and the pickles of sites where none of them is; all and none where nothing else fits.
-    """
-    others = [entry for entry in found if not entry.pickled]
-    sites = {entry.site for entry in others if entry.site and not entry.flaw and matches(entry, want)}
-    if not sites:
-        return found, []
-    return others, [e for e in found if e.pickled and e.site not in sites and matches(e, want)]
+def without_pickles(found: list[Entry], want: Wanted, *, allowed: bool) -> tuple[list[Entry], list[Entry]]:
+    """Those to choose from: no pickles of sites where another file is, nor, unless they are allowed, of other sites
+    where all are meant and any file fits; and these others, which are missed then."""
+    others = [entry for entry in found if not (entry.pickled or entry.placed or entry.flaw)]
+    safe = {entry.site for entry in others if entry.site and matches(entry, want)}
+    kept = [entry for entry in found if not entry.pickled or entry.site not in safe]
+    if allowed or not all_meant(want) or not safe:
+        return kept, []
+    return [entry for entry in kept if not entry.pickled], [e for e in kept if e.pickled and matches(e, want)]
 
 
 def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[Entry],
@@ -127,7 +128,7 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     """One of `found` for each site: smallest width, L0 nearest to what was asked for, ties to the smaller.
 
     One that was placed is left out where another tells its site itself; so are others where one is at exactly the path
-    that was given, and pickles where another file is. One with a flaw is among them only where it alone is known to be
+    that was given. One with a flaw is among them only where it alone is known to be
     at its site, or where nothing else fits: what its config does not tell may be what was asked for. One whose site
     cannot be told is left out where all are meant and others tell theirs. Raises SaeNotFoundError listing what is
     `offered`, and of which layers others are whose configs are `unread`, or where an L0 was given and of several SAEs
@@ -154,7 +155,7 @@ def choose(found: Sequence[Entry], want: Wanted, where: str, offered: Sequence[E
     if missing:
         raise SaeNotFoundError(f"{where}: no layer {', '.join(map(str, missing))}. It offers:\n"
                                + summary(offered, unread))
-    fitting = _safest(_best_told(fitting, want, where))
+    fitting = _best_told(fitting, want, where)
     fitting = [entry for entry in fitting if want.path and entry.site == want.path] or fitting
     return sorted(_best(fitting, want, where), key=lambda e: (e.layer is None, e.layer or 0, e.site or ""))
 
@@ -188,12 +189,6 @@ def _readable(fitting: list[Entry]) -> list[Entry]:
     """Without those of unreadable configs, but for one that is alone at the site that its folder's name tells."""
     sound = {entry.site for entry in fitting if not entry.flaw}
     return [entry for entry in fitting if not entry.flaw or (entry.site and entry.site not in sound)]
-
-
-def _safest(fitting: list[Entry]) -> list[Entry]:
-    """Without the pickles of sites where another file is."""
-    safe = {entry.site for entry in fitting if not entry.pickled}
-    return [entry for entry in fitting if not entry.pickled or entry.site not in safe]
 
 
 def _best_told(fitting: list[Entry], want: Wanted, where: str) -> list[Entry]:

@@ -126,9 +126,8 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     offered = _offered(at)
     possible = [entry for entry in (_meant(offered) if want.site is None else offered) if may_match(entry, want)]
     told, looked_at = [placed(entry, want) for entry in _refined(at, possible)], frozenset(possible)
-    if all_meant(want) and not allow_pickle:
-        told, pickles = without_pickles(told, want)
-        _warn_of_left("as PyTorch pickled it, which allow_pickle=True reads", [at.where(e.weights) for e in pickles])
+    told, missed = without_pickles(told, want, allowed=allow_pickle)
+    _warn_of_left("as PyTorch pickled it, which allow_pickle=True reads", [at.where(e.weights) for e in missed])
     told = _evaluated(at, told, want)
     others = [entry for entry in offered if entry not in looked_at]
     chosen = choose(told, want, at.where(), told + [e for e in others if e.kind or not _unread(e)],

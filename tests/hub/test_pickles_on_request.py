@@ -271,3 +271,12 @@ def test_the_l0_of_a_config_goes_before_the_measured_one(tmp_path):
         evaluated(tmp_path / f"resid_post_layer_1/trainer_{n}", l0, target_l0=target)
     [file] = find_saes(tmp_path, allow_pickle=True)
     assert (file.entry.weights, file.entry.l0) == ("resid_post_layer_1/trainer_1/ae.pt", 100.0)
+
+
+@pytest.mark.filterwarnings("ignore:1 left out, as its site is not told")
+def test_a_file_of_unknown_site_sets_no_pickle_aside(tmp_path, random_sae):
+    save_pretrained(random_sae(D, 64, None), tmp_path / "mine")
+    qwen(tmp_path, layers=(1,))
+    for asked in ({}, {"site": "model.layers.1.output"}, {"layer": 1}):
+        found = find_saes(tmp_path, allow_pickle=True, **asked)
+        assert [file.entry.dialect for file in found] == ["qwen_scope"]
