@@ -279,8 +279,7 @@ class Saes(Mapping[str, SAE]):
         return EditRequest(slot, made.tokens, made.special_tokens, edit=made)
 
     def _several(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
-        found = self._matching(layer, site, name)
-        return [self._ready(slot) for slot in found]
+        return [self._ready(slot) for slot in self._matching(layer, site, name)]
 
     def _pick(self, layer: int | None = None, site: str | None = None, name: str | None = None) -> Slot:
         found = self._matching(layer, site, name)
@@ -291,21 +290,22 @@ class Saes(Mapping[str, SAE]):
 
     def _matching(self, layer: int | None, site: str | None, name: str | None) -> list[Slot]:
         exact = self._slots.get(name or "")
-        found = [
-            s
-            for s in ([exact] if exact else self._slots.values())
-            if (name is None or _named(s, name))
-            and (layer is None or _layer(s) == layer)
-            and (site is None or self._at(s, site))
-        ]
+        found = [s for s in ([exact] if exact else self._slots.values())
+                 if (name is None or _named(s, name)) and (layer is None or _layer(s) == layer)
+                 and (site is None or self._at(s, site))]
         if not found:
-            asked = ", ".join(
-                f"{k}={v!r}" for k, v in {"layer": layer, "site": site, "name": name}.items() if v is not None
-            )
-            raise EditError(
-                f"no SAE with {asked or 'any name'} is attached; there are: {', '.join(self._slots) or 'none'}"
-            )
+            given = {"layer": layer, "site": site, "name": name}
+            asked = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+            there = ", ".join(s.name if s.name == s.read.key else f"{s.name} at {s.read.key}"
+                              for s in self._slots.values())
+            raise EditError(f"no SAE with {asked or 'any name'}{self._meaning(layer, site)} is attached; there are: "
+                            f"{there or 'none'}")
         return found
+
+    def _meaning(self, layer: int | None, site: str | None) -> str:
+        """What an alias means in this model, which may be another place than in one with other norms."""
+        layers = [n for s in self._slots.values() if (n := _layer(s)) is not None and layer in (None, n)]
+        return f" (here {sites.alias(self._model, layers[0], site)[0]})" if layers and site in sites.KINDS else ""
 
     def _at(self, slot: Slot, site: str) -> bool:
         layer = _layer(slot)

@@ -96,6 +96,21 @@ def test_an_edit_at_what_is_no_place_is_refused_and_told_what_there_is(attached,
         attached.saes.clamp({3: 9.0}, **where)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_an_alias_that_means_another_place_is_told_with_it_and_the_sites_there_are(layer, random_model, random_sae):
+    """On Gemma 2 "mlp_out" is after the norm that follows the MLP; SAEs of the MLP's own output go by their path."""
+    model = attach_saes(random_model("Gemma2"), random_sae(32, 64, "model.layers.1.mlp.output"), name="mine")
+    attach_saes(model, random_sae(32, 64, "model.layers.2.mlp.output"))
+    with pytest.raises(EditError) as caught:
+        model.saes.clamp({3: 9.0}, layer=layer, site="mlp_out")
+    assert str(caught.value).endswith(
+        "site='mlp_out' (here model.layers.1.post_feedforward_layernorm.output) is attached; there are: "
+        "mine at model.layers.1.mlp.output, model.layers.2.mlp.output")
+    with model.saes.clamp({3: 9.0}, layer=layer, site="model.layers.1.mlp.output") as handle:
+        model(torch.arange(3, 9)[None])
+    assert handle.positions_edited == 6
+
+
 def test_shared_edits_do_what_the_first_ones_did(attached):
     mask = torch.tensor([True, True, True, False, False, True, True])
     with attached.saes.clamp({3: torch.tensor([9.0, NAN, 1.0])}, tokens=mask) as first, \
