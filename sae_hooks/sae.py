@@ -137,11 +137,8 @@ class SAE(nn.Module):
 
     def gate(self, pre: Tensor) -> Tensor:
         """Feature activations from pre-activations (..., d_sae): JumpReLU (arXiv 2407.14435 eq. 8) or TopK."""
-        threshold = self._parameters.get("threshold")
-        if threshold is not None:
-            return kernels.gated(pre, threshold)
-        assert self.k is not None
-        return kernels.topk_gate(pre, self.k)
+        gate = self._gate
+        return kernels.gated(pre, gate) if isinstance(gate, Tensor) else kernels.topk_gate(pre, gate)
 
     def encode_sparse(self, x: Tensor) -> kernels.Csr:
         """Feature activations of x (..., d_in) as CSR (indptr (n + 1), indices, values), n = product of x's leading
@@ -223,8 +220,7 @@ class SAE(nn.Module):
         return f"{self.d_in} -> {self.d_sae} -> {self.d_out}, {gate}, site={self.site!r}, {self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
-        exact = {name: p for name in EXACT if (p := getattr(self, name)) is not None}
-        kept = {name: p.detach() for name, p in exact.items()}
+        kept = {name: p.detach() for name in EXACT if (p := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
             new = getattr(self, name)
