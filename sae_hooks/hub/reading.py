@@ -114,12 +114,13 @@ def find_saes(source: str | Path, *, layer: int | Iterable[int] | None = None, s
     No selector: every layer, the smallest width, the average L0 nearest 100 ("canonical"). Without `site`, Gemma Scope
     and sparsify give no embedding, Gemma Scope 2 the residual stream alone, dictionary_learning too where folders tell
     it, Llama Scope one of the texts that it was trained on, and any other source all kinds that it has. `site`:
-    "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins.
+    "resid_post", "mlp_out", "attn_out", "transcoder", "embedding" or a module path with its side; `l0`: nearest wins,
+    as names and configs have it, or, where they tell none, as dictionary_learning measured it (eval_results.json).
     `allow_pickle`: whether weights that PyTorch pickled may be read, by its weights_only loader, which runs no code of
     the file; where other files fit, they are meant. Raises SaeNotFoundError listing what there is, SaeDownloadError;
     SaeFormatError for a config that cannot be read and UnsafeFileError for a pickle that may not, if that SAE is meant
     or nothing else fits. Where all layers are meant and others fit, such SAEs are left out with a warning, and so are
-    those that do not tell their site.
+    those that do not tell their site. Links to folders elsewhere are not followed, with a warning.
     """
     want = wanted(layer, site, width, l0)
     at = open_source(source, revision=revision, token=token, cache_dir=cache_dir)
