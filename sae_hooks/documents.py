@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .errors import DataError
 from .records import Row, described, records
+from .sizes import whole
 
 FIELDS = ("text", "messages", "input_ids")  # where a row's document stands, the first that it has
 DOCUMENTS_PER_CALL = 64  # a fast tokenizer spreads the texts of one call over the cores
@@ -87,11 +87,9 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
         raise DataError(f"expected a transformers tokenizer, got {described(tokenizer)}; AutoTokenizer loads one")
     if roles is not None and not getattr(tokenizer, "is_fast", False):
         raise DataError("roles= needs a fast tokenizer, which tells which characters a token stands for")
-    if limit is not None and limit < 0:
-        raise DataError(f"limit must be a number of documents, 0 or more; got {limit}")
     wanted = None if roles is None else frozenset([roles] if isinstance(roles, str) else roles)
     reader = _Reader(tokenizer, rows.field or field, wanted, add_special_tokens, special_ids)
-    return reader.documents(islice(rows, limit))
+    return reader.documents(islice(rows, None if limit is None else whole("limit", limit, 0)))
 
 
 def windows(document: Document, length: int, overlap: int) -> Iterator[Window]:
@@ -103,9 +101,9 @@ def windows(document: Document, length: int, overlap: int) -> Iterator[Window]:
     """
     prefix = np.asarray(document.prefix, dtype=np.int32)
     room = length - len(prefix) - overlap
-    if not isinstance(overlap, Integral) or overlap < 0 or room < 1:
+    if room < 1:
         raise DataError(f"windows of {length} tokens leave no room after {len(prefix)} special ones and an overlap "
-                        f"of {overlap}; expected whole numbers, length > special tokens + overlap >= 0")
+                        f"of {overlap}; expected length > special tokens + overlap")
     return _windows(document, prefix, length, overlap, room)
 
 

@@ -29,6 +29,7 @@ from .identity import (
 )
 from .processes import launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
+from .sizes import whole
 from .store import FeatureStore, open_features
 from .store.folder import read_manifest
 from .store.format import EXPORT, MANIFEST, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
@@ -60,9 +61,10 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
-    window = window_length(model, window)
+    window, overlap = window_length(model, window), whole("overlap", overlap, 0)
+    tokens_per_shard = whole("tokens_per_shard", tokens_per_shard)
     settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
-                "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": tokens_per_batch}
+                "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": extractor.tokens}
     check_dtype(dtype)
     read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
     to_come = parts(read, window, overlap, tokens_per_shard)

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from .forward import DeepEnoughError, eval_mode, input_device, reads_text, uncom
 from .runtime import Slot, WatchRequest
 from .saes import Saes
 from .sites import context_length
+from .sizes import whole
 from .sparse import SparseFeatures
 from .tokens import Pass
 
@@ -92,13 +92,15 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
     edit at another site, has its effect; features at an edited site are those of before the edit. Memory beside the
     model: one pass of tokens_per_batch positions, and tokens_per_part rows of about 24 bytes a non-zero, and twice
     their activations if asked for. Raises DataError for a row that cannot be read or tokenised, a token id that the
-    model has not, and a window longer than it takes; EditError for a site without an SAE, SaeAttachError without SAEs
-    or input_ids.
+    model has not, a window longer than it takes, and what is no number of tokens; EditError for a site without an SAE,
+    SaeAttachError without SAEs or input_ids.
     """
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
                           tokens_per_batch=tokens_per_batch)
     read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
-    return (extractor.run(part) for part in parts(read, window_length(model, window), overlap, tokens_per_part))
+    cut = parts(read, window_length(model, window), whole("overlap", overlap, 0),
+                whole("tokens_per_part", tokens_per_part))
+    return (extractor.run(part) for part in cut)
 
 
 def window_length(model: nn.Module, window: int | None) -> int:
@@ -106,8 +108,7 @@ def window_length(model: nn.Module, window: int | None) -> int:
     and if it does not take as many."""
     if window is None:
         return context_length(model, WINDOW)
-    if not isinstance(window, Integral):
-        raise DataError(f"window={window!r}: expected a whole number of tokens")
+    window = whole("window", window)
     if (limit := context_length(model, window)) < window:
         raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most, by its config; "
                         "give no more, or leave window out")
@@ -137,13 +138,14 @@ class Extractor:
     def __init__(self, model: nn.Module, sites: Sequence[str] | None = None, *, activations: bool = False,
                  special_tokens: bool = False, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
         """Raises SaeAttachError if model has no SAEs or takes no input_ids, or a site is of a decoder beside an
-        encoder, EditError if sites names an SAE that it has not."""
+        encoder, EditError if sites names an SAE that it has not, DataError for what is no number of tokens."""
         self.saes, self.takes = _attached(model), _taken(model)
         self.model, self.slots = model, _slots(self.saes, sites)
         if other := [str(slot.read) for slot in self.slots if not reads_text(model, slot.read.module)]:
             raise SaeAttachError(f"extraction gives {type(model).__name__} input_ids alone, which its encoder reads; "
                                  f"{', '.join(other)} reads a text of its own. Capture it in a call with both")
-        self.activations, self.special_tokens, self.tokens = activations, special_tokens, tokens_per_batch
+        self.activations, self.special_tokens = activations, special_tokens
+        self.tokens = whole("tokens_per_batch", tokens_per_batch)
 
     @torch.no_grad()
     def run(self, part: Part) -> Extracted:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 from .errors import DataError, EditError
 from .extract import Extracted, Extractor, extract_features
 from .sae import SAE
+from .sizes import whole
 
 Array = npt.NDArray[Any]
 
@@ -69,8 +69,7 @@ def find_features(model: nn.Module, positive: Any, negative: Any, *, tokenizer: 
     Raises EditError where it is not told which SAE is meant, DataError if a side has no ordinary token, SaeAttachError
     without SAEs.
     """
-    if not isinstance(n, Integral) or n < 1:
-        raise DataError(f"n is the number of features to find, 1 or more; got {n}")
+    n = whole("n", n)
     name, sae = _chosen(model, site)
 
     def side(texts: Any, called: str) -> _Side:

@@ -19,6 +19,7 @@ FLOORS = {
     "sae_hooks/errors.py": 0,
     "sae_hooks/kernels/": 1,
     "sae_hooks/sites.py": 1,
+    "sae_hooks/sizes.py": 1,
     "sae_hooks/extras.py": 1,
     "sae_hooks/sparse.py": 2,
     "sae_hooks/statistics.py": 1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..extras import needed
+from ..sizes import whole
 from ..sparse import SparseFeatures
 from ..statistics import FeatureStatistics, feature_statistics
 from . import contexts, convert, pooling
@@ -182,14 +183,14 @@ class FeatureStore:
         """The contexts in which a feature is strongest, strongest first: at most one of each document, so fewer than n
         where it fires in fewer; each with up to `context` tokens on each side. Raises DataError without a tokenizer,
         and for an n or a context below 0."""
-        name, n, context = self._folder.name(site), _number(n, "n"), _number(context, "context")
+        name, n, context = self._folder.name(site), whole("n", n, 0), whole("context", context, 0)
         best = contexts.strongest(self._folder, name, self._feature(feature, name), n)
         return [contexts.context_of(self._folder, self._tokenizer, row, context, value) for value, row in best]
 
     def text(self, row: int, context: int = 10) -> Context:
         """A row's token with up to `context` tokens of its document on each side. Raises DataError without a
         tokenizer, and for a context below 0."""
-        context = _number(context, "context")
+        context = whole("context", context, 0)
         return contexts.context_of(self._folder, self._tokenizer, int(self._numbers(row)[0]), context)
 
     def statistics(self, site: str | None = None) -> FeatureStatistics:
@@ -253,23 +254,7 @@ class FeatureStore:
 
 def _found(value: Any, size: int, what: str, where: str = "") -> int:
     """The number of one of several. Raises IndexError if there is none of that number."""
-    number = _whole(value)
-    if number is None or not 0 <= number < size:
-        raise IndexError(f"{what} {value!r} of {size}{where}")
-    return number
-
-
-def _number(value: Any, name: str) -> int:
-    """How many. Raises DataError for less than none."""
-    number = _whole(value)
-    if number is None or number < 0:
-        raise DataError(f"{name} must be a whole number, 0 or more; got {value!r}")
-    return number
-
-
-def _whole(value: Any) -> int | None:
-    """A whole number of any type; None for what is none, as are True and 2.0."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None
+    with suppress(DataError):
+        if (number := whole(what, value, 0)) < size:
+            return number
+    raise IndexError(f"{what} {value!r} of {size}{where}")

@@ -256,7 +256,7 @@ def test_a_document_that_fits_is_one_window_and_one_token_more_makes_two() -> No
         [BOS, 100, 101, 102, 103], [BOS, 102, 103, 104]]
 
 
-@pytest.mark.parametrize(("length", "overlap"), [(0, 0), (1, 0), (4, 3), (4, -1), (4, 0.5)])
+@pytest.mark.parametrize(("length", "overlap"), [(0, 0), (1, 0), (4, 3)])
 def test_windows_without_room_for_a_token_are_refused_at_once(length: int, overlap: int) -> None:
     with pytest.raises(DataError, match=f"windows of {length} tokens leave no room after 1 special"):
         windows(document(2, (BOS,)), length, overlap)

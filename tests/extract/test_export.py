@@ -86,6 +86,15 @@ def test_what_cannot_be_read_or_cut_claims_no_folder(export, tmp_path):
         assert not (tmp_path / "f").exists()
 
 
+@pytest.mark.parametrize(("name", "least"), [("tokens_per_shard", 1), ("tokens_per_batch", 1), ("window", 1),
+                                             ("overlap", 0), ("limit", 0)])
+def test_what_is_no_number_of_tokens_or_documents_claims_no_folder(export, tmp_path, name, least):
+    for wrong in (least - 1, True, 8.0, "8"):
+        with pytest.raises(DataError, match=f"{name} must be a whole number, {least} or more; got {wrong!r}"):
+            export(tmp_path / "f", **{name: wrong})
+    assert not (tmp_path / "f").exists()
+
+
 def test_an_export_that_was_begun_and_has_no_shard_gives_way_to_another(export, tmp_path):
     for wrong in ({"tokenizer": None}, {"window": 30}):
         with pytest.raises(DataError, match="has the token id 9999"):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from extract.exports import LOWER, ROWS, SITE, contents, refused
@@ -15,6 +16,13 @@ def test_the_window_that_was_taken_stands_in_the_settings(export, tmp_path):
     with pytest.raises(DataError, match="window=1024, but Gemma2ForCausalLM takes 256"):
         export(tmp_path / "g", window=1024)
     assert not (tmp_path / "g").exists()
+
+
+def test_numbers_of_another_type_make_the_same_export(export, tmp_path):
+    sizes = {"tokens_per_shard": 40, "tokens_per_batch": 64, "window": 32, "overlap": 4, "limit": 4}
+    export(tmp_path, **sizes)
+    for kind in (np.int64, np.uint8, torch.tensor):
+        assert export(tmp_path, **{name: kind(n) for name, n in sizes.items()}).documents == 4
 
 
 def test_a_model_that_was_found_under_another_name_goes_on_and_leaves_the_first_one(export, model, tmp_path):

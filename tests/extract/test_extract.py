@@ -195,8 +195,14 @@ def test_a_window_longer_than_the_model_takes_is_refused_with_both_numbers(model
     with pytest.raises(DataError, match=r"window=257, but Gemma2ForCausalLM takes 256 tokens at most"):
         extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=257)
     assert list(extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=256))
-    with pytest.raises(DataError, match=r"window=2.5: expected a whole number"):
+    with pytest.raises(DataError, match=r"window must be a whole number, 1 or more; got 2.5"):
         extract_features(model, TEXTS, tokenizer=tiny_tokenizer, window=2.5)
+
+
+def test_what_is_no_number_of_tokens_is_refused_at_once(model, tiny_tokenizer):
+    for name in ("tokens_per_part", "tokens_per_batch"):
+        with pytest.raises(DataError, match=f"{name} must be a whole number, 1 or more; got 0"):
+            extract_features(model, TEXTS, tokenizer=tiny_tokenizer, **{name: 0})
 
 
 def test_a_token_id_without_an_embedding_is_refused_by_its_document(model):
