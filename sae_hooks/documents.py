@@ -83,6 +83,8 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
     and at the end if there are chats, but no message in any of them of the roles.
     """
     rows = records(source, split=split)
+    if field is not None and not isinstance(field, str):
+        raise DataError(f"field must be the name of a column, a text; got {field!r}")
     if tokenizer is not None and not callable(tokenizer):
         raise DataError(f"expected a transformers tokenizer, got {described(tokenizer)}; AutoTokenizer loads one")
     if roles is not None and not getattr(tokenizer, "is_fast", False):
@@ -193,6 +195,8 @@ class _Reader:
 
     def checked(self, number: int, where: str, row: Any) -> _Checked:
         content, columns = _parted(row, self.field, where)
+        if other := [name for name in columns if not isinstance(name, str)]:
+            raise DataError(f"{where}: the name of a column must be a text, got {other[0]!r}")
         plain = {name: _plain(value, f"{where}: the column {name!r}") for name, value in columns.items()}
         return _Checked(number, self.content(content, where), plain)
 

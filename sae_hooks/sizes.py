@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import DataError
 
@@ -13,9 +14,9 @@ from .errors import DataError
 def whole(name: str, value: Any, least: int = 1) -> int:
     """A whole number of any type, such as NumPy's, as a plain int. Raises DataError, naming it, for what is none, as
     True and 8.0 are, and for less than the least."""
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool  # np.bool_ has no __index__
+    is_other = isinstance(value, bool) or (isinstance(value, Tensor) and (value.ndim > 0 or value.dtype is torch.bool))
     try:
-        number = least - 1 if is_bool else operator.index(value)
+        number = least - 1 if is_other else operator.index(value)
     except TypeError:
         number = least - 1
     if number < least:

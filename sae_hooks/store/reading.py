@@ -152,7 +152,7 @@ class FeatureStore:
         columns = [document["columns"] for number in range(len(self._folder.entries))
                    for document in self._folder.documents_of(number)]
         known = {key for column in columns for key in column}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise DataError(f"no document has {name!r}; columns: {', '.join(sorted(known)) or 'none'}")
         return [column.get(name) for column in columns]
 
@@ -188,10 +188,10 @@ class FeatureStore:
         return [contexts.context_of(self._folder, self._tokenizer, row, context, value) for value, row in best]
 
     def text(self, row: int, context: int = 10) -> Context:
-        """A row's token with up to `context` tokens of its document on each side. Raises DataError without a
-        tokenizer, and for a context below 0."""
-        context = whole("context", context, 0)
-        return contexts.context_of(self._folder, self._tokenizer, int(self._numbers(row)[0]), context)
+        """The token of one row (-1 is the last) with up to `context` tokens of its document on each side. Raises
+        DataError without a tokenizer, and for a context below 0."""
+        context, row = whole("context", context, 0), _found(row, len(self), "row", least=-len(self)) % len(self)
+        return contexts.context_of(self._folder, self._tokenizer, row, context)
 
     def statistics(self, site: str | None = None) -> FeatureStatistics:
         """How often and how strongly each feature fires over the ordinary tokens; see `FeatureStatistics`."""
@@ -252,9 +252,9 @@ class FeatureStore:
         return indptr, indices, values
 
 
-def _found(value: Any, size: int, what: str, where: str = "") -> int:
+def _found(value: Any, size: int, what: str, where: str = "", least: int = 0) -> int:
     """The number of one of several. Raises IndexError if there is none of that number."""
     with suppress(DataError):
-        if (number := whole(what, value, 0)) < size:
+        if (number := whole(what, value, least)) < size:
             return number
-    raise IndexError(f"{what} {value!r} of {size}{where}")
+    raise IndexError(f"{what} {value!r} of {size}{where}; give one whole number, {least} to {size - 1}")

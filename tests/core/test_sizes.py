@@ -15,7 +15,8 @@ def test_a_whole_number_of_any_type_is_a_plain_int(kind):
 
 
 @pytest.mark.parametrize("value", [
-    True, False, np.True_, torch.tensor(True), 8.0, 8.5, np.float64(8), float("nan"), "8", None, [8], np.arange(2)],
+    True, False, np.True_, torch.tensor(True), 8.0, 8.5, np.float64(8), float("nan"), "8", None, [8], np.arange(1),
+    torch.tensor([8]), torch.tensor(8.0)],
     ids=repr)
 def test_what_is_no_whole_number_is_refused_by_name(value):
     with pytest.raises(DataError, match="window must be a whole number, 1 or more; got ") as caught:

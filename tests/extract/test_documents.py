@@ -207,6 +207,7 @@ def test_a_limit_reads_no_further(tiny_tokenizer: Any) -> None:
     ([True, False], "integers"), ([[1], [2, 3]], "integers"), ([1, None], "integers"), (torch.ones(1, 2), "integers"),
     (["a", "b"], "integers"), ({"text": "a", "raw": b"x"}, "the column 'raw' holds bytes"),
     ({"text": "a", "map": {1: 2}}, "the column 'map' holds an object"),
+    ({"text": "a", 3: "x"}, "the name of a column must be a text, got 3"),
     ({"text": "a", "deep": DEEP}, "the column 'deep' is nested too deeply"),
     ("half \ud83d", "surrogate pair at character 5"),
     ({"text": "a", "far": float("inf")}, "the column 'far' holds float inf"),
@@ -222,6 +223,9 @@ def test_what_cannot_be_asked_for_is_said_at_once(tiny_tokenizer: Any) -> None:
         tokenised(["a"], "google/gemma-2-2b")
     with pytest.raises(DataError, match="0 or more; got -1"):
         tokenised(["a"], tiny_tokenizer, limit=-1)
+    for field in (3, b"text", ["text"], True):
+        with pytest.raises(DataError, match="field must be the name of a column, a text; got "):
+            tokenised([{3: "a", "text": "b"}], tiny_tokenizer, field=field)
     with pytest.raises(DataError, match="fast tokenizer"):
         tokenised([[1]], roles="user")
     with pytest.raises(DataError, match="row 0: tokenizer= is needed for a text"):

@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from extract.stores import made, write
 
 from sae_hooks import DataError
@@ -103,6 +104,17 @@ def test_a_number_of_contexts_or_tokens_below_none_is_refused(texts):
         with pytest.raises(DataError, match=r"(n|context) must be a whole number, 0 or more; got"):
             ask()
     assert store.top(3, n=0) == []
+
+
+def test_the_text_of_one_row_is_given_and_of_no_other_number(texts):
+    store, _ = texts
+    n = len(store)
+    assert store.text(np.int64(3)) == store.text(torch.tensor(3)) == store.text(3)
+    assert store.text(-1) == store.text(n - 1)
+    for wrong in ([1, 2], [1], [], slice(0, 3), np.array([1]), torch.tensor([1]), np.ones(n, bool), True, 1.5, "1",
+                  None, n, -n - 1):
+        with pytest.raises(IndexError, match=rf"(?s)row .* of {n}; give one whole number, -{n} to {n - 1}"):
+            store.text(wrong)
 
 
 def test_equal_activations_are_ordered_by_row(tmp_path, tiny_tokenizer):

@@ -81,6 +81,8 @@ def test_labels_are_one_a_document_and_none_where_a_document_has_none(tmp_path):
     assert store.labels("label") == [f"{number % 3}" if number % 4 else None for number in range(len(LENGTHS))]
     with pytest.raises(DataError, match="no document has 'domain'; columns: label"):
         store.labels("domain")
+    with pytest.raises(DataError, match=r"no document has \['label'\]; columns: label"):
+        store.labels(["label"])
 
 
 def test_columns_of_any_plain_json_are_kept(tmp_path):
