@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -17,7 +17,7 @@ from .errors import DataError
 from .export import export_features
 from .find import find_features
 from .language_model import load_model
-from .records import OPENERS, TEXT_FILES, records
+from .records import OPENERS, TEXT_FILES, Records, Row, records
 from .store import open_features
 from .terminal import busy, counting, print_table
 
@@ -135,13 +135,14 @@ def how_many(text: str, split: str, limit: int | None) -> int | None:
     return count if limit is None else min(count, limit)
 
 
-def gathered(texts: Sequence[str]) -> list[Any]:
+def gathered(texts: Sequence[str]) -> Records:
     """Texts, and the rows of those that are files. Raises DataError for what looks like a file that is not there."""
-    found: list[Any] = []
+    found: list[Row] = []
     for text in texts:
         is_file = os.path.exists(text)  # Path.exists raises where a text is too long to be a name
         named = Path(text).suffix in (*OPENERS, *TEXT_FILES) and len(os.fsencode(Path(text).name)) <= MOST_NAME
         if named and not is_file:
             raise DataError(f"there is no file {text}")
-        found.extend(row for _, row in records(text)) if is_file else found.append(text)
-    return found
+        rows = records(text if is_file else [text])
+        found += [(where, row[rows.field] if rows.field else row) for where, row in rows]  # field= is not for these
+    return Records("texts", lambda: iter(found))

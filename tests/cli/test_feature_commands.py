@@ -110,6 +110,16 @@ def test_find_ranks_features_by_texts_and_files(run, model, one_sae, texts, tmp_
     assert run(*asked, "--positive", sentence).exit_code == 0, "longer, and ends as a file's name does"
 
 
+def test_a_field_is_of_rows_and_leaves_texts_and_text_files_alone(run, model, one_sae, texts, tmp_path):
+    (tmp_path / "code.txt").write_text("import os\nprint(os.getcwd())")
+    texts.write_text(texts.read_text().replace('"text"', '"body"'))
+    asked = ("find", model, one_sae, "--positive", texts, "--negative", tmp_path / "code.txt", "--negative", "x = 1")
+    assert run(*asked, "--field", "body").exit_code == 0
+    missing = run(*asked, "--field", "title")
+    assert missing.exit_code == 1
+    assert f"{texts}, line 1: expected 'title', got an object with body, domain" in " ".join(missing.stderr.split())
+
+
 def test_a_text_that_is_too_long_to_be_a_files_name_is_counted_as_none():
     assert how_many("The weather is fine today. " * 12, "train", 5) == 5
 
