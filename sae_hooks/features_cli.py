@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -131,8 +132,7 @@ def how_many(text: str, split: str, limit: int | None) -> int | None:
     """Documents in a file or folder; None for a data set, whose size may take a download to know."""
     if not os.path.exists(text):
         return limit
-    count = sum(1 for _ in records(text, split=split))
-    return count if limit is None else min(count, limit)
+    return sum(1 for _ in islice(records(text, split=split), limit))
 
 
 def gathered(texts: Sequence[str]) -> Records:

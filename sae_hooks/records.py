@@ -10,13 +10,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .errors import DataError
 from .extras import needed
 
 TEXT_FILES = (".txt", ".md")
-OPENERS: Mapping[str, Callable[..., IO[str]]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
+OPENERS: Mapping[str, Callable[..., Any]] = {".jsonl": open, ".xz": lzma.open, ".gz": gzip.open}
 DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/\s]+)?")  # "owner/name:configuration"
 
 Row = tuple[str, Any]  # where it stands, for messages; and the row itself
@@ -110,20 +110,21 @@ def _whole_file(path: Path, folder: Path) -> Row:
 def _lines(path: Path) -> Iterator[Row]:
     number = 0
     try:
-        with OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
+        with OPENERS[path.suffix](path, "rb") as file:  # decoded here, a line at a time: nothing is read ahead
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
                     yield where, _parsed(line, where)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} cannot be read after line {number}: {error or type(error).__name__}") from error
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parsed(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected a JSON object, got {line.strip()[:60]!r} ({error})") from error
+        raise DataError(f"{where}: expected a JSON object, got {line.decode(errors='replace').strip()[:60]!r} ({error})"
+                        ) from error
 
 
 def _data_set(source: str | Path, split: str, streaming: bool) -> Iterable[Any]:

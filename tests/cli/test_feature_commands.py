@@ -52,6 +52,13 @@ def test_extract_goes_on_only_when_it_is_told_to(extract, tmp_path):
     assert "other documents" in extract("--resume").stderr
 
 
+def test_what_comes_after_the_last_document_is_not_read(extract, texts, tmp_path):
+    texts.write_bytes(texts.read_bytes() + b'{"text": \n\xff\n')
+    assert extract("--limit", len(ROWS)).exit_code == 0
+    assert open_features(tmp_path / "features").documents == len(ROWS)
+    assert f"{texts}, line 5: expected a JSON object" in extract("--limit", len(ROWS) + 1, "--resume").stderr
+
+
 def test_a_mistyped_text_is_told_before_a_model_is_loaded_and_the_folder_stays_free(run, one_sae, extract, tmp_path):
     missing = run("extract", tmp_path / "no-model", one_sae, "--text", "nope.jsonl", "--out", tmp_path / "features")
     assert missing.exit_code == 1

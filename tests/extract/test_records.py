@@ -72,6 +72,18 @@ def test_a_data_frame_is_refused_since_its_items_are_the_names_of_its_columns() 
         records(pandas.DataFrame({"text": ["one"]}))
 
 
+@pytest.mark.parametrize(("suffix", "opener"), [(".jsonl", open), (".jsonl.xz", lzma.open), (".jsonl.gz", gzip.open)])
+def test_a_line_that_is_no_utf8_is_named_after_those_before_it(tmp_path: Path, suffix: str, opener: Any) -> None:
+    path = tmp_path / f"a{suffix}"
+    with opener(path, "wb") as file:
+        file.write('"naïve"\r\n'.encode() + b'"na\xefve"\n')
+    reading = iter(records(path))
+
+    assert next(reading)[1] == "naïve"
+    with pytest.raises(DataError, match=r"line 2: expected a JSON object, got .*na.*ve.* can't decode byte 0xef"):
+        next(reading)
+
+
 def test_a_line_that_is_no_json_is_named_after_those_before_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('"one"\n{"text": \n')
