@@ -32,7 +32,7 @@ from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .sizes import whole
 from .store import FeatureStore, open_features
 from .store.folder import read_manifest
-from .store.format import EXPORT, MANIFEST, TOKENIZER, document_digest, file_digest, shard_name, token_checksum
+from .store.format import EXPORT, MANIFEST, TOKENIZER, digest, document_digest, file_digest, shard_name, token_checksum
 from .store.writing import check_dtype, read_entry, read_export, write_export, write_manifest, write_shard
 
 Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
@@ -174,7 +174,13 @@ def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[i
 # --- shards -------------------------------------------------------------------------------------------------
 
 def _lines(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    return [{"doc_id": d.number, "tokens": len(d.ids), "columns": dict(d.columns)} for d in documents]
+    return [_line(document) for document in documents]
+
+
+def _line(d: Document) -> dict[str, Any]:
+    """Of a document of which some tokens get no row, with a digest of all that the model reads of it."""
+    line = {"doc_id": d.number, "tokens": len(d.ids), "columns": dict(d.columns)}
+    return line if d.wanted is None else line | {"ids": digest(d.ids.astype("<i4").tobytes())}
 
 
 def _text(part: Part) -> Digests:
@@ -186,7 +192,7 @@ def _present(folder: Path, number: int, export: str, text: Digests, finished: Se
     not the one that the manifest of a `finished` export states: a new manifest would state it."""
     entry = read_entry(folder, number, export)
     if entry is not None and (entry["tokens"], entry["documents_sha256"]) != text:
-        what = "tokens" if entry["tokens"] != text[0] else "columns"
+        what = "tokens" if entry["tokens"] != text[0] else "columns, or turns of other roles,"
         raise DataError(f"{folder / shard_name(number)} was made of other documents: their {what} differ. Give the "
                         "same text, or a new folder")
     if entry is not None and number < len(finished) and entry["sha256"] != finished[number]["sha256"]:

@@ -2,7 +2,8 @@
 
     export.json                what was asked: model, tokenizer, SAEs, settings; written first
     tokenizer/                 the tokenizer, where there is one
-    documents-00000.jsonl      a line for each document that begins in the shard
+    documents-00000.jsonl      a line for each document that begins in the shard: its number, tokens, columns, and the
+                               sha256 of its token ids where only those of some roles have rows
     shard-00000.safetensors    rows (tokens) in order of document and position
     manifest.json              what each shard holds; written last: with it, the export is finished
 

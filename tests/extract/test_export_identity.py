@@ -45,7 +45,7 @@ def test_another_sae_model_tokenizer_text_or_setting_is_refused_by_name(
     refused(export, folder, "say resume", resume=False)
     refused(export, folder, r"shard-00000.*other documents: their tokens differ", documents=[{"text": "Another."}])
     relabelled = [row | {"label": "x"} for row in ROWS]
-    refused(export, folder, "their columns differ", documents=relabelled)
+    refused(export, folder, "their columns, or turns of other roles, differ", documents=relabelled)
     export(tmp_path / "single", tokens_per_shard=1)
     refused(export, tmp_path / "single", "holds shards of a longer text", documents=ROWS[:3], tokens_per_shard=1)
     with torch.no_grad():
@@ -54,6 +54,22 @@ def test_another_sae_model_tokenizer_text_or_setting_is_refused_by_name(
     model.model.load_state_dict(tiny_gemma2_loaded.model.state_dict())
     model.saes.special_ids = {2}
     refused(export, folder, "special_ids")
+
+
+def test_another_text_in_turns_that_have_no_rows_is_refused(export, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+
+    def chats(asked, answer="Let there be light."):
+        return [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]] * 5
+
+    before = chats("And God said,")
+    store = export(tmp_path, before, roles="assistant")
+    assert (export(tmp_path, before, roles="assistant").csr() != store.csr()).nnz == 0
+    for other in (chats("And man said,"), chats("And man said, and he cried,"), chats("And God said,", "No.")):
+        refused(export, tmp_path, r"shard-00000.*other documents: their .* differ. Give the same text",
+                documents=other, roles="assistant")
+    before[-1] = chats("And God saw")[0]
+    refused(export, tmp_path, "made of other documents", documents=before, roles="assistant")
 
 
 def test_another_sae_is_refused(export, model, random_sae, tmp_path):
