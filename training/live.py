@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_hooks.errors import CheckpointError, DataError
 from sae_hooks.identity import weights_digest
+from sae_hooks.sizes import whole
 
 from .harvest import (
     NORM_WINDOWS,
@@ -92,15 +93,14 @@ class LiveStream:
         epochs: how often the text is read (None: without end). share (i, n): this process reads the texts i, i + n,
         ..., and its batches are of every n-th row; n of them together make up what one would read, though not in its
         order. device: where batches come out; buffer_device: where the buffer lies. Raises DataError if no token is
-        ordinary or the buffer holds none, SiteError for an unknown site.
+        ordinary, or for sizes that are no whole numbers above 0, SiteError for an unknown site.
         """
-        if buffer_tokens < 1:
-            raise DataError(f"a buffer of {buffer_tokens:,} tokens cannot give batches: give a larger buffer_tokens")
         opened = windows if isinstance(windows, Windows) else Windows(windows)
         config_name = getattr(getattr(model, "config", None), "_name_or_path", "")
         self.model_name = config_name if model_name is None else model_name
-        self.buffer_tokens = buffer_tokens
-        self._model, self._special_ids, self._tokens_per_batch = model, list(special_ids), tokens_per_batch
+        self.buffer_tokens = whole("buffer_tokens", buffer_tokens)
+        self._tokens_per_batch = whole("tokens_per_batch", tokens_per_batch)
+        self._model, self._special_ids = model, list(special_ids)
         self._weights = weights_digest(model)
         self._share, self._device, self._buffer_device = share, torch.device(device), torch.device(buffer_device)
         self._reader = _Reader(opened, epochs, share)

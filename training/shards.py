@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sae_hooks.errors import DataError, SaeWarning
 from sae_hooks.identity import weights_digest
 from sae_hooks.processes import launched_share
+from sae_hooks.sizes import whole
 
 from .harvest import NORM_WINDOWS, TOKENS_PER_BATCH, SiteInfo, harvest, measure_sites
 from .text import Window, check_rereadable
@@ -73,6 +74,7 @@ def harvest_infos(model: nn.Module, folder: Path, sites: Sequence[str], windows:
     read only once.
     """
     check_rereadable(windows)
+    windows_per_shard = whole("windows_per_shard", windows_per_shard)
     stated: dict[str, Any] = {"model_name": model_name, "window": window, "seed": seed, "sites": tuple(sorted(sites)),
               "windows_per_shard": windows_per_shard, **_read_with(model, special_ids),
               "text": _text(folder, sites, windows if text is None else text, windows_per_shard)}
@@ -101,6 +103,8 @@ def write_shards(model: nn.Module, folder: Path, infos: Sequence[HarvestInfo], w
     the shards before are kept, and nothing of that one.
     """
     check_rereadable(windows)
+    windows_per_shard = whole("windows_per_shard", windows_per_shard)
+    tokens_per_batch = whole("tokens_per_batch", tokens_per_batch)
     share = launched_share() if worker is None or workers is None else (worker, workers)
     stated: dict[str, Any] = {"sites": tuple(sorted(i.site for i in infos)), "windows_per_shard": windows_per_shard,
               **_read_with(model, special_ids),

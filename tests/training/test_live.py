@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import Gemma2ForCausalLM, LlamaForCausalLM
 from sae_hooks.errors import CheckpointError, DataError, SiteError
 from sae_hooks.training.harvest import SiteInfo, harvest
 from sae_hooks.training.live import LiveStream
+from sae_hooks.training.shards import harvest_infos, write_shards
 from sae_hooks.training.text import Window, windows
 
 from .conftest import BOS, SINK
@@ -258,8 +260,27 @@ NORMS = dict.fromkeys((SITE, NORMED), SiteInfo(d_in=16, rms_norm=4.0, typical_no
     (lambda model: live(model, special_ids=range(40), norms=NORMS).next(1), DataError, "the texts ended: 0 tokens"),
     (lambda model: live(model, []), DataError, "no window"),
     (lambda model: live(model, buffer_tokens=30).next(40), DataError, "buffer of 30 tokens cannot give batches of 40"),
+    (lambda model: live(model, buffer_tokens=0), DataError, "buffer_tokens must be a whole number, 1 or more; got 0"),
+    (lambda model: live(model, tokens_per_batch=0), DataError, "tokens_per_batch must be .*; got 0"),
     (lambda model: live(model, sites=["model.layers.7.output"]), SiteError, "layers 0 to 2")])
 def test_what_cannot_be_read_is_said(model_with_a_sink_token: LlamaForCausalLM,
                                      act: Callable[[LlamaForCausalLM], Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         act(model_with_a_sink_token)
+
+
+@pytest.mark.parametrize("size", ["windows_per_shard", "tokens_per_batch"])
+def test_so_it_is_of_a_harvest_before_anything_is_written(model_with_a_sink_token: LlamaForCausalLM, size: str,
+                                                          tmp_path: Path) -> None:
+    def harvested(windows_per_shard: Any = 4, tokens_per_batch: Any = 64) -> None:
+        infos = harvest_infos(model_with_a_sink_token, tmp_path, [SITE], WINDOWS, SPECIAL, model_name="tiny", window=16,
+                              seed=0, windows_per_shard=windows_per_shard)
+        list(write_shards(model_with_a_sink_token, tmp_path, infos, WINDOWS, SPECIAL,
+                          windows_per_shard=windows_per_shard, tokens_per_batch=tokens_per_batch))
+
+    for wrong in (0, True, 2.0):
+        with pytest.raises(DataError, match=f"{size} must be a whole number, 1 or more; got {wrong}"):
+            harvested(**{size: wrong})
+    assert not list(tmp_path.rglob("*.safetensors"))
+    harvested(**{size: np.int64(8)})
+    assert list(tmp_path.rglob("*.safetensors"))
