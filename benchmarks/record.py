@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sae_hooks.kernels.cpu_products import ZEN_5
 from sae_hooks.kernels.signs import HAS_BFLOAT16
 
 
@@ -19,7 +20,7 @@ def cpu() -> str:
                  if line.startswith("model name")]
     except OSError:
         names = []
-    instructions = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if HAS_BFLOAT16 else "")
+    instructions = torch.backends.cpu.get_cpu_capability() + ", bfloat16" * HAS_BFLOAT16 + ", Zen 5" * ZEN_5
     return (f"{os.cpu_count()}-core CPU ({names[0] if names else platform.machine()}, {instructions}), one thread; "
             f"Python {platform.python_version()}, torch {torch.__version__}")
 

@@ -12,7 +12,8 @@ step    a training step at L0 60, where the window of the straight-through gradi
         feature) count, and twice as many; with malloc as it comes and told to keep its pages. Every way is a process of
         its own. "/ product": over the encoder's product x @ W_enc alone, which no way can do without, into memory that
         stays; "/ (a)", "/ (b)": over ours without and with what Learner.update does besides. Targets beside dense are
-        for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py.
+        for (a), beside whole steps of peers for (b). Dense by hand: five products and little else, see speed_ways.py;
+        both that and the product alone by MKL, as PyTorch multiplies, or by oneDNN, if it is the quicker one.
         Peers' environments are made on the first run, in the folder --environments (4 GB).
 encode  SAE.encode_sparse; naive: pre = linear(x, W_enc, b); acts = pre * (pre > threshold); acts.to_sparse_csr(), as it
         is written first; csr: the variant of it that is quickest here; nonzero: that with nonzero and take.
@@ -45,9 +46,11 @@ from record import Record, cpu
 from speed_peers import PEERS
 from speed_workers import ENVIRONMENTS
 
+from sae_hooks.kernels.cpu_products import ZEN_5
 from sae_hooks.kernels.signs import HAS_BFLOAT16
 
-RESULT = Path(__file__).parent / f"results/speed{'-bfloat16' if HAS_BFLOAT16 else ''}.txt"
+KIND = "-zen-5" if ZEN_5 else "-bfloat16" if HAS_BFLOAT16 else ""  # of CPU, as the kernels tell them apart
+RESULT = Path(__file__).parent / f"results/speed{KIND}.txt"
 PARTS = ("step", "encode", "splice", "decode", "edit", "gradient", "peers", "memory", "sweep")
 
 

@@ -1,7 +1,8 @@
 """What speed.py compares: random data, and the ways of a training step and of inference. Not run by itself.
 
 The dense ways are PyTorch's own operations; `Tuned` is the quickest dense step that we could write: five products,
-chunk by chunk with everything between them in the cache, the backward pass by hand, into buffers that stay.
+chunk by chunk with everything between them in the cache, the backward pass by hand, into buffers that stay; by
+torch.addmm, or by oneDNN, whose operator PyTorch has for its compiler, whichever is the quicker one.
 """
 
 from collections.abc import Callable, Mapping
@@ -175,12 +176,27 @@ def forget(leaves: Mapping[str, Tensor]) -> None:
         leaf.grad = None
 
 
+def plainly(bias: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """bias + a @ b, in out."""
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def by_onednn(bias: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The same, in memory of its own."""
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.t(), bias, "none", [], "")
+
+
+MULTIPLIED = {"": plainly, " by oneDNN": by_onednn}
+if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    del MULTIPLIED[" by oneDNN"]
+
+
 class Tuned:
     """The dense step by hand: see above. Pre-activations are taken less their thresholds (u), so that one vectorised
     operation each makes the gate and the window: threshold_backward and hardtanh_backward."""
 
-    def __init__(self, data: Data, chunk: int) -> None:
-        self.data, self.chunk = data, min(chunk, len(data.x))
+    def __init__(self, data: Data, chunk: int, multiply: Callable[..., Tensor]) -> None:
+        self.data, self.chunk, self.multiply = data, min(chunk, len(data.x)), multiply
         self.leaves = data.leaves()
         for leaf in self.leaves.values():
             leaf.grad = torch.zeros_like(leaf)
@@ -205,36 +221,46 @@ class Tuned:
     def forward(self, x: Tensor, offset: Tensor, price: float) -> float:
         """The part of the loss; leaves u, the features, and the gradient of x_hat in `lack`."""
         n, tokens = len(x), len(self.data.x)
-        u, acts, lack, mask = self.u[:n], self.acts[:n], self.lack[:n], self.mask[:n]
-        torch.addmm(offset, x, self.leaves["W_enc"].t(), out=u)
+        acts, mask = self.acts[:n], self.mask[:n]
+        u = self.multiply(offset, x, self.leaves["W_enc"].t(), self.u[:n])
         torch.add(u, self.leaves["threshold"], out=acts)
         torch.ops.aten.threshold_backward.grad_input(acts, u, 0.0, grad_input=acts)
-        torch.addmm(self.leaves["b_dec"], acts, self.leaves["W_dec"], out=lack)
+        lack = self.multiply(self.leaves["b_dec"], acts, self.leaves["W_dec"], self.lack[:n])
         lack -= x
         np.greater(u.numpy(), 0.0, out=mask)
         loss = float(lack.square().sum()) / tokens + price * np.count_nonzero(mask)
         lack *= 2 / tokens
+        self.given = u, lack
         return loss
 
     def backward(self, x: Tensor, cost: Tensor, beta: float) -> None:
         """Add the chunk's gradients; beta 0: put them in place of what is there."""
         n, half = len(x), self.data.bandwidth / 2
-        u, acts, to_acts, lack, ones = self.u[:n], self.acts[:n], self.to_acts[:n], self.lack[:n], self.ones[:n]
+        acts, ones, (u, lack) = self.acts[:n], self.ones[:n], self.given
         grad = {name: leaf.grad for name, leaf in self.leaves.items()}
-        grad["W_dec"].addmm_(acts.t(), lack, beta=beta)
+        self.add(grad["W_dec"], acts.t(), lack, beta)
         grad["b_dec"] += lack.sum(0)
-        torch.mm(lack, self.leaves["W_dec"].t(), out=to_acts)
+        to_acts = self.multiply(None, lack, self.leaves["W_dec"].t(), self.to_acts[:n])
         torch.add(to_acts, cost, out=acts)
         torch.ops.aten.hardtanh_backward.grad_input(acts, u, -half, half, grad_input=acts)
         grad["threshold"].addmv_(acts.t(), ones)
         torch.ops.aten.threshold_backward.grad_input(to_acts, u, 0.0, grad_input=to_acts)
-        grad["W_enc"].addmm_(to_acts.t(), x, beta=beta)
+        self.add(grad["W_enc"], to_acts.t(), x, beta)
         grad["b_enc"].addmv_(to_acts.t(), ones)
 
+    def add(self, grad: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
+        """grad * beta + a @ b, in grad."""
+        if self.multiply is plainly:
+            grad.addmm_(a, b, beta=beta)
+        elif beta:
+            grad += self.multiply(None, a, b, grad)
+        else:
+            grad.copy_(self.multiply(None, a, b, grad))
 
-def tuned_step(data: Data, chunk: int) -> Step:
+
+def tuned_step(data: Data, chunk: int, multiply: Callable[..., Tensor] = plainly) -> Step:
     """So many tokens at once."""
-    tuned = Tuned(data, chunk)
+    tuned = Tuned(data, chunk, multiply)
     return tuned.leaves, tuned
 
 
@@ -322,13 +348,18 @@ def dense_encoder(data: Data) -> Callable[[Tensor], Tensor]:
 
 def tuned_inference(data: Data, chunk: int = 256) -> tuple[Call, Call]:
     """Dense by hand, so many tokens at once, into buffers: (x -> the values of its features, sparse; x -> x_hat)."""
+    ways = [_tuned_inference(data, chunk, multiply) for multiply in MULTIPLIED.values()]
+    return ways[fastest([lambda way=way: way[1](data.x) for way in ways])]
+
+
+def _tuned_inference(data: Data, chunk: int, multiply: Callable[..., Tensor]) -> tuple[Call, Call]:
     u, acts = (torch.empty(chunk, len(data.W_enc)) for _ in range(2))
     offset = data.b_enc - data.threshold
 
     def encode(x: Tensor) -> Tensor:
-        torch.addmm(offset, x, data.W_enc.t(), out=u[:len(x)])
-        torch.add(u[:len(x)], data.threshold, out=acts[:len(x)])
-        return torch.ops.aten.threshold_backward.grad_input(acts[:len(x)], u[:len(x)], 0.0, grad_input=acts[:len(x)])
+        rest = multiply(offset, x, data.W_enc.t(), u[:len(x)])
+        torch.add(rest, data.threshold, out=acts[:len(x)])
+        return torch.ops.aten.threshold_backward.grad_input(acts[:len(x)], rest, 0.0, grad_input=acts[:len(x)])
 
     def values(x: Tensor) -> Tensor:
         found = []
@@ -341,8 +372,8 @@ def tuned_inference(data: Data, chunk: int = 256) -> tuple[Call, Call]:
 
     def splice(x: Tensor) -> Tensor:
         x_hat = torch.empty_like(x)
-        for part, out in zip(x.split(chunk), x_hat.split(chunk), strict=True):
-            torch.addmm(data.b_dec, encode(part), data.W_dec, out=out)
-        return x_hat
+        parts = [multiply(data.b_dec, encode(part), data.W_dec, out)
+                 for part, out in zip(x.split(chunk), x_hat.split(chunk), strict=True)]
+        return x_hat if multiply is plainly else torch.cat(parts)
 
     return values, splice

@@ -129,7 +129,8 @@ def own(way: str, tensors: Tensors, expected: Tensors) -> tuple[Callable[[], Any
     if way in ("update", "topk"):
         return update(data, expected, K if way == "topk" else None)
     variants = {
-        "by hand": lambda: {f"{n} tokens at once": ways.tuned_step(data, n) for n in ways.CHUNKS},
+        "by hand": lambda: {f"{n} tokens at once{how}": ways.tuned_step(data, n, multiply)
+                           for n in ways.CHUNKS for how, multiply in ways.MULTIPLIED.items()},
         "autograd": lambda: {"W_enc (d_sae, d_in)": ways.dense_step(data),
                              "W_enc (d_in, d_sae)": ways.dense_step(data, rows=False)},
         "objective": lambda: {"": ways.our_step(data)},
@@ -163,6 +164,8 @@ def update(data: Any, expected: Tensors, k: int | None) -> tuple[Callable[[], An
 
 def product(data: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
     """x @ W_enc and nothing else, into memory that stays."""
+    import speed_ways as ways
+
     out, x = torch.empty(len(data.x), len(data.W_enc)), data.x
     feature_major, other = data.W_enc.t(), data.W_enc.t().contiguous()
 
@@ -172,6 +175,8 @@ def product(data: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
 
     variants = {"W_enc (d_sae, d_in)": lambda: torch.mm(x, feature_major, out=out),
                 "W_enc (d_in, d_sae)": lambda: torch.mm(x, other, out=out), "256 tokens at once": chunked}
+    variants |= {f"x @ W_enc{how}": lambda multiply=multiply: multiply(None, x, feature_major, out)
+                 for how, multiply in ways.MULTIPLIED.items() if how}
     best = fastest(list(variants.values()))
     return list(variants.values())[best], {"note": list(variants)[best]}
 
