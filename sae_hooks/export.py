@@ -27,13 +27,13 @@ from .identity import (
     sae_identity,
     tokenizer_identity,
 )
-from .processes import launched_share, wait_for_all
+from .processes import from_first, launched_share, wait_for_all
 from .runtime import EditRequest, Request, SpliceRequest, WatchRequest
 from .sizes import whole
 from .store import FeatureStore, open_features
 from .store.folder import read_manifest
 from .store.format import EXPORT, MANIFEST, TOKENIZER, digest, document_digest, file_digest, shard_name, token_checksum
-from .store.writing import check_dtype, read_entry, read_export, write_export, write_manifest, write_shard
+from .store.writing import alone, check_dtype, read_entry, read_export, write_export, write_manifest, write_shard
 
 Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
 Entry = dict[str, Any]  # of a shard, in the manifest
@@ -54,9 +54,10 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     torchrun each process writes every n-th shard, and all return when the whole is there.
 
     Raises DataError for a folder that holds something else, or the export of another model, SAE, tokenizer, text or
-    setting, or one made with other edits, splices, adapters or another autocast in effect, naming what differs; and for
-    a value that dtype cannot hold. Raises SaeFormatError for a shard that was changed since it was written. What is
-    there stays; but an export that was begun, and has no shard yet, gives way to another.
+    setting, or one made with other edits, splices, adapters or another autocast in effect, naming what differs; where
+    another export into the folder overtakes this one; and for a value that dtype cannot hold. Raises SaeFormatError for
+    a shard that was changed since it was written. What is there stays; but an export that was begun, and has no shard
+    yet, gives way to another.
     """
     folder = Path(folder)
     extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
@@ -70,15 +71,14 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     to_come = parts(read, window, overlap, tokens_per_shard)
     first = list(islice(to_come, 1))  # what cannot be read or cut is told before the folder is claimed for it
     rank, processes = launched_share()
-    if rank == 0:
-        _claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
-    wait_for_all()
-    export, texts, entries = file_digest(folder / EXPORT), [], {}
+    export = from_first(_claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
+                        if rank == 0 else "")
     finished = _finished(folder, export, {slot.name for slot in extractor.slots})
+    texts, entries = [], {}
     for part in chain(first, to_come):
         texts.append(_text(part))
         if part.number % processes == rank:
-            there = _present(folder, part.number, export, texts[-1], finished)
+            there = _present(folder, part.number, export, texts[-1], finished) if resume else None
             entries[part.number] = there or _written(folder, part, extractor, export, dtype)
             progress(part.rows, len(part.documents))
     wait_for_all()
@@ -116,16 +116,25 @@ def _in_effect(requests: Sequence[Request]) -> dict[str, Any]:
                           for name, slot in slots.items()}}
 
 
-def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> None:
-    """Make the folder this export's, or find that it is. One that was begun, and has no shard yet, gives way."""
+def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> str:
+    """Make the folder this export's, or find that it is, and return the sha256 of its export.json. One that was begun,
+    and has no shard yet, gives way."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; give a new folder")
+    with alone(folder):
+        _take(folder, asked, resume)
+        if tokenizer is not None and not (folder / TOKENIZER).exists():
+            _save_tokenizer(folder, tokenizer)
+        return file_digest(folder / EXPORT)
+
+
+def _take(folder: Path, asked: Mapping[str, Any], resume: bool) -> None:
+    """Write export.json, unless it is there already. Raises DataError where that, or what else is there, forbids it."""
     there = read_export(folder)
     other = differences({k: v for k, v in there.items() if k != "format"}, asked) if there else []
     written = (folder / MANIFEST).exists() or any(folder.glob("shard-*.safetensors"))
     if there is None:
-        present = [path.name for path in folder.iterdir()] if folder.exists() else []
-        if foreign := sorted(name for name in present if not name.startswith(".")):
+        if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
             raise DataError(f"{folder} is not empty ({', '.join(foreign[:5])}) and holds no export; give a new folder")
         write_export(folder, asked)
     elif other and not written:
@@ -135,8 +144,15 @@ def _claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool)
         raise DataError(f"{folder} holds another export; give a new folder, or what made that one: {'; '.join(other)}")
     elif written and not resume:
         raise DataError(f"{folder} holds features already; say resume to go on there, or give a new folder")
-    if tokenizer is not None and not (folder / TOKENIZER).exists():
-        _save_tokenizer(folder, tokenizer)
+
+
+def _check_ours(folder: Path, export: str, shard: str | None = None) -> None:
+    """Raise DataError where another export has taken the folder, or written the shard that is to come."""
+    ours = (folder / EXPORT).exists() and file_digest(folder / EXPORT) == export
+    if not ours or (shard and (folder / shard).exists()):
+        what = f"{shard} is there already" if ours else f"{EXPORT} is another one"
+        raise DataError(f"this export was overtaken by another export into {folder} ({what}); nothing of that was "
+                        "changed. Give a new folder, or let that one end and run this one again with resume")
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -168,7 +184,9 @@ def _commit(folder: Path, export: str, texts: Sequence[Digests], mine: Mapping[i
     entries = [mine.get(number) or _present(folder, number, export, text) for number, text in enumerate(texts)]
     if None in entries:
         raise DataError(f"{folder / shard_name(entries.index(None))} is missing: was its process stopped? Run it again")
-    write_manifest(folder, [entry for entry in entries if entry is not None])
+    with alone(folder):
+        _check_ours(folder, export)
+        write_manifest(folder, [entry for entry in entries if entry is not None])
 
 
 # --- shards -------------------------------------------------------------------------------------------------
@@ -203,6 +221,8 @@ def _present(folder: Path, number: int, export: str, text: Digests, finished: Se
 
 def _written(folder: Path, part: Part, extractor: Extractor, export: str, dtype: str) -> Entry:
     found = extractor.run(part)
-    return write_shard(folder, part.number, export=export, first_row=part.first_row, features=found.features,
-                       ordinary=found.ordinary, activations=found.activations, documents=_lines(part.documents),
-                       dtype=dtype)
+    with alone(folder):
+        _check_ours(folder, export, shard_name(part.number))
+        return write_shard(folder, part.number, export=export, first_row=part.first_row, features=found.features,
+                           ordinary=found.ordinary, activations=found.activations, documents=_lines(part.documents),
+                           dtype=dtype)

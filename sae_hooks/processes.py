@@ -1,10 +1,11 @@
-"""The processes that `accelerate launch` or torchrun started: which of them this is, waiting for the others, and the
-end."""
+"""The processes that `accelerate launch` or torchrun started: which of them this is, what they share, waiting for the
+others, and the end."""
 
 from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import torch
 
@@ -30,6 +31,17 @@ def wait_for_all() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in every process; they wait for it. It must pickle."""
+    if "WORLD_SIZE" not in os.environ:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]
 
 
 def end_group() -> None:

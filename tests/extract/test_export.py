@@ -7,19 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from extract.exports import ROWS, SITE, contents, refused
+from extract.exports import ROWS, SITE, WORKER, contents, finished, refused, worker
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sae_hooks.errors import DataError, SaeFormatError
 from sae_hooks.extract import extract_features
 from sae_hooks.store import open_features
-
-WORKER = Path(__file__).with_name("export_worker.py")
 
 
 def test_the_store_holds_what_extraction_yields(export, model, tiny_tokenizer, tmp_path):
@@ -216,17 +213,6 @@ def test_documents_without_any_token_make_a_store_of_no_rows(export, tmp_path):
 
 
 # --- processes that die, and several at once ------------------------------------------------------------------
-
-def worker(folder, *arguments, launcher=()):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process):
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors[-3000:]
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
