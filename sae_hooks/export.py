@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .documents import Document, tokenised
+from .documents import Document
 from .edits import Edits
 from .errors import DataError, SaeFormatError
-from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part, parts, window_length
+from .extract import TOKENS_PER_BATCH, TOKENS_PER_PART, Extractor, Part
 from .identity import (
     adapters_identity,
     autocast_identity,
@@ -59,19 +59,14 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
     a shard that was changed since it was written. What is there stays; but an export that was begun, and has no shard
     yet, gives way to another.
     """
-    folder = Path(folder)
-    extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
-                          tokens_per_batch=tokens_per_batch)
-    window, overlap = window_length(model, window), whole("overlap", overlap, 0)
-    tokens_per_shard = whole("tokens_per_shard", tokens_per_shard)
-    settings = {"dtype": dtype, "activations": activations, "special_tokens": special_tokens, "window": window,
-                "overlap": overlap, "tokens_per_shard": tokens_per_shard, "tokens_per_batch": extractor.tokens}
+    folder, tokens_per_shard = Path(folder), whole("tokens_per_shard", tokens_per_shard)
+    extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens, window=window,
+                          overlap=overlap, tokens_per_part=tokens_per_shard, tokens_per_batch=tokens_per_batch)
     check_dtype(dtype)
-    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
-    to_come = parts(read, window, overlap, tokens_per_shard)
+    to_come = extractor.parts(documents, tokenizer, **reading)
     first = list(islice(to_come, 1))  # what cannot be read or cut is told before the folder is claimed for it
     rank, processes = launched_share()
-    export = from_first(_claim(folder, _identity(extractor, tokenizer, settings), tokenizer, resume)
+    export = from_first(_claim(folder, _identity(extractor, tokenizer, dtype), tokenizer, resume)
                         if rank == 0 else "")
     finished = _finished(folder, export, {slot.name for slot in extractor.slots})
     texts, entries = [], {}
@@ -90,14 +85,17 @@ def export_features(model: nn.Module, documents: Any, folder: str | Path, *, tok
 
 # --- the folder ---------------------------------------------------------------------------------------------
 
-def _identity(extractor: Extractor, tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(extractor: Extractor, tokenizer: Any, dtype: str) -> dict[str, Any]:
     """All that the features depend on, but the text."""
+    settings = {"dtype": dtype, "activations": extractor.activations, "special_tokens": extractor.special_tokens,
+                "window": extractor.window, "overlap": extractor.overlap,
+                "tokens_per_shard": extractor.tokens_per_part, "tokens_per_batch": extractor.tokens_per_batch}
     requests = extractor.saes._runtime.requests()
     edits = Edits(tuple(request.edit for request in requests if isinstance(request, EditRequest)))
     only_some = {"adapters": adapters_identity(extractor.model), "autocast": autocast_identity(extractor.model)}
     return {"model": model_identity(extractor.model), "tokenizer": tokenizer_identity(tokenizer),
             "saes": {slot.name: sae_identity(slot.sae) | {"site": slot.read.key} for slot in extractor.slots},
-            "settings": dict(settings), "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json(),
+            "settings": settings, "special_ids": sorted(extractor.saes.special_ids), "edits": edits.to_json(),
             **{key: value for key, value in only_some.items() if value}, **_in_effect(requests)}
 
 

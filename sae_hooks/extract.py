@@ -95,57 +95,35 @@ def extract_features(model: nn.Module, documents: Any, *, tokenizer: Any = None,
     model has not, a window longer than it takes, and what is no number of tokens; EditError for a site without an SAE,
     SaeAttachError without SAEs or input_ids.
     """
-    extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens,
-                          tokens_per_batch=tokens_per_batch)
-    read = tokenised(documents, tokenizer, special_ids=extractor.saes.special_ids, **reading)
-    cut = parts(read, window_length(model, window), whole("overlap", overlap, 0),
-                whole("tokens_per_part", tokens_per_part))
-    return (extractor.run(part) for part in cut)
-
-
-def window_length(model: nn.Module, window: int | None) -> int:
-    """Tokens that the model is to read at once; None: the default. Raises DataError for what is no number,
-    and if it does not take as many."""
-    if window is None:
-        return context_length(model, WINDOW)
-    window = whole("window", window)
-    if (limit := context_length(model, window)) < window:
-        raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most, by its config; "
-                        "give no more, or leave window out")
-    return window
-
-
-def parts(documents: Iterable[Document], window: int, overlap: int, tokens: int) -> Iterator[Part]:
-    """Cut documents into windows, and those into parts of `tokens` rows, or at most one window more."""
-    part = Part(0, 0)
-    for document in documents:
-        if part.rows >= tokens:
-            yield part
-            part = Part(part.number + 1, part.first_row + part.rows)
-        part.documents.append(document)
-        for one in windows(document, window, overlap):
-            if part.rows >= tokens:
-                yield part
-                part = Part(part.number + 1, part.first_row + part.rows)
-            part.add(one)
-    if part.documents or part.windows:
-        yield part
+    extractor = Extractor(model, sites, activations=activations, special_tokens=special_tokens, window=window,
+                          overlap=overlap, tokens_per_part=tokens_per_part, tokens_per_batch=tokens_per_batch)
+    return (extractor.run(part) for part in extractor.parts(documents, tokenizer, **reading))
 
 
 class Extractor:
-    """A model with attached SAEs, and which of them to encode with."""
+    """A model with attached SAEs, which of them to encode with, and how a text is cut for it."""
 
     def __init__(self, model: nn.Module, sites: Sequence[str] | None = None, *, activations: bool = False,
-                 special_tokens: bool = False, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
+                 special_tokens: bool = False, window: int | None = None, overlap: int = 0,
+                 tokens_per_part: int = TOKENS_PER_PART, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
         """Raises SaeAttachError if model has no SAEs or takes no input_ids, or a site is of a decoder beside an
-        encoder, EditError if sites names an SAE that it has not, DataError for what is no number of tokens."""
+        encoder, EditError if sites names an SAE that it has not, DataError for what is no number of tokens, or a window
+        longer than model takes."""
         self.saes, self.takes = _attached(model), _taken(model)
         self.model, self.slots = model, _slots(self.saes, sites)
         if other := [str(slot.read) for slot in self.slots if not reads_text(model, slot.read.module)]:
             raise SaeAttachError(f"extraction gives {type(model).__name__} input_ids alone, which its encoder reads; "
                                  f"{', '.join(other)} reads a text of its own. Capture it in a call with both")
         self.activations, self.special_tokens = activations, special_tokens
-        self.tokens = whole("tokens_per_batch", tokens_per_batch)
+        self.window, self.overlap = _window_length(model, window), whole("overlap", overlap, 0)
+        self.tokens_per_part = whole("tokens_per_part", tokens_per_part)
+        self.tokens_per_batch = whole("tokens_per_batch", tokens_per_batch)
+
+    def parts(self, documents: Any, tokenizer: Any, **reading: Any) -> Iterator[Part]:
+        """The text in parts of tokens_per_part rows, or at most one window more, as they are needed. Takes, and raises,
+        what `documents.tokenised` does."""
+        read = tokenised(documents, tokenizer, special_ids=self.saes.special_ids, **reading)
+        return _parts(read, self.window, self.overlap, self.tokens_per_part)
 
     @torch.no_grad()
     def run(self, part: Part) -> Extracted:
@@ -154,7 +132,7 @@ class Extractor:
         origins = part.origins()
         collectors = {slot.name: _Collector(slot, self.activations) for slot in self.slots}
         with eval_mode(self.model), uncompiled(), self._open(list(collectors.values())) as batch_of:
-            for batch in batches(part.windows, self.tokens, padded="attention_mask" in self.takes):
+            for batch in batches(part.windows, self.tokens_per_batch, padded="attention_mask" in self.takes):
                 batch_of(batch)
                 self._forward(batch)
                 _check_met(collectors)
@@ -193,6 +171,34 @@ class Extractor:
             yield next_batch
         finally:
             runtime.close(requests)
+
+
+def _window_length(model: nn.Module, window: int | None) -> int:
+    """Tokens that the model is to read at once; None: the default. Raises DataError if it does not take as many."""
+    if window is None:
+        return context_length(model, WINDOW)
+    window = whole("window", window)
+    if (limit := context_length(model, window)) < window:
+        raise DataError(f"window={window}, but {type(model).__name__} takes {limit} tokens at most, by its config; "
+                        "give no more, or leave window out")
+    return window
+
+
+def _parts(documents: Iterable[Document], window: int, overlap: int, tokens: int) -> Iterator[Part]:
+    """Cut documents into windows, and those into parts."""
+    part = Part(0, 0)
+    for document in documents:
+        if part.rows >= tokens:
+            yield part
+            part = Part(part.number + 1, part.first_row + part.rows)
+        part.documents.append(document)
+        for one in windows(document, window, overlap):
+            if part.rows >= tokens:
+                yield part
+                part = Part(part.number + 1, part.first_row + part.rows)
+            part.add(one)
+    if part.documents or part.windows:
+        yield part
 
 
 def _attached(model: nn.Module) -> Saes:
