@@ -25,9 +25,9 @@ LAYER_LISTS = ("layers", "h", "blocks")
 # the residual stream receives.
 MLP_OUT = ("post_feedforward_layernorm.output", "post_mlp_layernorm.output", "post_ffn_norm.output",
            "mlp.dense_4h_to_h.output", "mlp.output", "feed_forward.output", "fc2.output", "block_sparse_moe.output",
-           "mlp_block.output", "ffn.down_proj.output", "ffn.output")
+           "mlp_block.output", "ffn.down_proj.output", "ffn.output", "mixer.down_proj.output")
 MLP_IN = ("pre_feedforward_layernorm.output", "mlp.input", "feed_forward.input", "fc1.input", "block_sparse_moe.input",
-          "mlp_block.input", "ffn.up_proj.input", "ffn.input")
+          "mlp_block.input", "ffn.up_proj.input", "ffn.input", "mixer.up_proj.input")
 ATTN_OUT = (
     "self_attn.o_proj.input",
     "attn.c_proj.input",
@@ -39,6 +39,7 @@ ATTN_OUT = (
     "self_attn.dense.input",
     "norm_attn_norm.attn.out_proj.input",
     "temporal_block.o_proj.input",
+    "mixer.o_proj.input",
 )
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block", "ffn")  # that give what is as wide as the layer
 TIME_FIRST = ("fsmt", "xlnet")  # models inside which activations are (tokens, batch, d)

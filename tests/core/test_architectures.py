@@ -113,6 +113,27 @@ def test_an_sae_saved_where_an_alias_says_is_found_by_that_alias(name):
     assert {kind: kind_of(*sites.alias(model, 1, kind)) for kind in sites.KINDS} == {kind: kind for kind in sites.KINDS}
 
 
+def test_layers_that_are_an_attention_or_an_mlp_alone_have_the_aliases_of_that():
+    settings = {"hybrid_override_pattern": "*-", "layers_block_type": ["full_attention", "mlp"], "head_dim": 8,
+                "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8}
+    model = make("NemotronH", **{**LLAMA_LIKE, **LAYERS, **settings})
+    layers = sites.layers_path(model)
+    for layer, has in enumerate(({"attn_out": "mixer.o_proj.input"}, {"mlp_out": "mixer.down_proj.output"})):
+        for kind in ("attn_out", "mlp_out"):
+            if kind in has:
+                site, _ = sites.alias(model, layer, kind)
+                assert site == f"{layers}.{layer}.{has[kind]}"
+                assert kind_of(site, site) == kind
+                change = torch.linspace(-1, 1, HIDDEN)
+                place = sites.resolve(model, site)
+                by = change if kind == "mlp_out" else change @ place.module.weight.T
+                torch.testing.assert_close(shifted(model, place, change, f"{layers}.{layer}.output"),
+                                           by.expand(*IDS.shape, -1), rtol=1e-3, atol=1e-3)
+            else:
+                with pytest.raises(SiteError, match="give the site as a module path"):
+                    sites.alias(model, layer, kind)
+
+
 def test_an_mlp_beside_another_one_is_not_what_is_added():
     model = make("GraniteMoeShared", **{**LLAMA_LIKE, **LAYERS}, num_local_experts=4, shared_intermediate_size=16)
     for kind in ("mlp_out", "transcoder"):
