@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +40,6 @@ __all__ = ["document_digest", "read_entry", "read_export", "token_checksum", "wr
            "write_shard"]
 MOST_WIDTH = 2**24  # features
 SPANS = {"doc_id": 2**32, "position": 2**32, "token_id": 2**31}
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While nobody else is in here with this folder, which is made: no thread, and no process where its file system has
-    locks (NFS may not). Raises DataError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be made or opened: {error}; take another folder") from error
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_export(folder: Path, content: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from extract.exports import ROWS, SITE, contents, finished, worker
 from sae_hooks import attach_saes
 from sae_hooks.errors import DataError
 from sae_hooks.store import open_features
-from sae_hooks.store.writing import alone
+from sae_hooks.store.claiming import alone
 
 OTHERS = [{"text": "Another text, and as long as that of the first export."}] * len(ROWS)
 
