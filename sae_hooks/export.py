@@ -24,7 +24,7 @@ from .sizes import whole
 from .store import FeatureStore, open_features
 from .store.claiming import alone, check_ours, claim
 from .store.folder import read_manifest
-from .store.format import digest, document_digest, shard_name, token_checksum
+from .store.format import digest, documents_bytes, shard_name, token_checksum
 from .store.writing import check_dtype, read_entry, write_manifest, write_shard
 
 Digests = tuple[str, str]  # digests of a part's tokens, and of the documents that begin in it
@@ -119,7 +119,7 @@ class _Shards:
 
     def add(self, part: Part) -> None:
         """Tell which text comes next, whoever makes its shard."""
-        self.texts.append((token_checksum(*part.origins()), document_digest(_lines(part))))
+        self.texts.append((token_checksum(*part.origins()), digest(documents_bytes(_lines(part)))))
 
     def make(self, part: Part) -> None:
         """Write the shard of a part that was added, unless it is there and this export goes on."""

@@ -102,11 +102,6 @@ def documents_bytes(documents: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(lines)
 
 
-def document_digest(documents: Iterable[Mapping[str, Any]]) -> str:
-    """sha256 of the documents file that these make: "documents_sha256" of a shard's entry."""
-    return digest(documents_bytes(documents))
-
-
 def parse_documents(raw: bytes) -> list[dict[str, Any]]:
     """The documents of a file: {"doc_id", "tokens", "columns"}, numbered one by one. Raises SaeFormatError."""
     try:

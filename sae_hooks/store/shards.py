@@ -85,7 +85,6 @@ class Shard:
             for entries in self.entries.values():
                 entries.checked(0, len(entries.indices))
 
-
     def check_bytes(self) -> None:
         """Raise SaeFormatError unless every tensor is as it was written, where the shard states its checksum: those of
         before it was stated do not."""

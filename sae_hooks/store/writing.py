@@ -23,7 +23,6 @@ from .format import (
     canonical,
     content_checksum,
     digest,
-    document_digest,
     documents_bytes,
     documents_name,
     file_digest,
@@ -36,8 +35,6 @@ from .format import (
 )
 from .shards import PROVENANCE, VALUES, Shard, in_order, index_dtype
 
-__all__ = ["document_digest", "read_entry", "read_export", "token_checksum", "write_export", "write_manifest",
-           "write_shard"]
 MOST_WIDTH = 2**24  # features
 SPANS = {"doc_id": 2**32, "position": 2**32, "token_id": 2**31}
 
