@@ -114,7 +114,7 @@ class Extractor:
         if other := [str(slot.read) for slot in self.slots if not reads_text(model, slot.read.module)]:
             raise SaeAttachError(f"extraction gives {type(model).__name__} input_ids alone, which its encoder reads; "
                                  f"{', '.join(other)} reads a text of its own. Capture it in a call with both")
-        self.activations, self.special_tokens = activations, special_tokens
+        self.activations, self.special_tokens = bool(activations), bool(special_tokens)
         self.window, self.overlap = _window_length(model, window), whole("overlap", overlap, 0)
         self.tokens_per_part = whole("tokens_per_part", tokens_per_part)
         self.tokens_per_batch = whole("tokens_per_batch", tokens_per_batch)
