@@ -89,9 +89,17 @@ def tokenised(source: Any, tokenizer: Any = None, *, field: str | None = None, r
         raise DataError(f"expected a transformers tokenizer, got {described(tokenizer)}; AutoTokenizer loads one")
     if roles is not None and not getattr(tokenizer, "is_fast", False):
         raise DataError("roles= needs a fast tokenizer, which tells which characters a token stands for")
-    wanted = None if roles is None else frozenset([roles] if isinstance(roles, str) else roles)
+    wanted = None if roles is None else _names(roles)
     reader = _Reader(tokenizer, rows.field or field, wanted, add_special_tokens, special_ids)
     return reader.documents(islice(rows, None if limit is None else whole("limit", limit, 0)))
+
+
+def _names(roles: Any) -> frozenset[str]:
+    """One role, or several. Raises DataError."""
+    names = [roles] if isinstance(roles, str) else list(roles) if isinstance(roles, Iterable) else [roles]
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"roles must be the name of a role, or several, as texts; got {roles!r}")
+    return frozenset(names)
 
 
 def windows(document: Document, length: int, overlap: int) -> Iterator[Window]:

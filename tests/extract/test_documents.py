@@ -226,6 +226,9 @@ def test_what_cannot_be_asked_for_is_said_at_once(tiny_tokenizer: Any) -> None:
     for field in (3, b"text", ["text"], True):
         with pytest.raises(DataError, match="field must be the name of a column, a text; got "):
             tokenised([{3: "a", "text": "b"}], tiny_tokenizer, field=field)
+    for roles in (3, [3], b"user"):
+        with pytest.raises(DataError, match="roles must be the name of a role, or several, as texts; got "):
+            tokenised(["a"], tiny_tokenizer, roles=roles)
     with pytest.raises(DataError, match="fast tokenizer"):
         tokenised([[1]], roles="user")
     with pytest.raises(DataError, match="row 0: tokenizer= is needed for a text"):
