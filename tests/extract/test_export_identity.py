@@ -20,10 +20,10 @@ def test_the_window_that_was_taken_stands_in_the_settings(export, tmp_path):
 
 def test_numbers_of_another_type_make_the_same_export(export, tmp_path):
     sizes = {"tokens_per_shard": 40, "tokens_per_batch": 64, "window": 32, "overlap": 4, "limit": 4}
-    export(tmp_path, **sizes)
-    for kind in (np.int64, np.uint8, torch.tensor):
+    for kind in (np.int64, np.uint8, torch.tensor, int):
         changes = {name: kind(n) for name, n in sizes.items()}
         assert export(tmp_path, special_tokens=np.False_, activations=np.False_, **changes).documents == 4
+    export(tmp_path, special_tokens=False, activations=False, **sizes)
 
 
 def test_a_model_that_was_found_under_another_name_goes_on_and_leaves_the_first_one(export, model, tmp_path):
