@@ -1,10 +1,11 @@
 """The processes that `accelerate launch` or torchrun started: which of them this is, what they share, waiting for the
-others, and the end."""
+others, and the end; and folders that one process holds against all others."""
 
 from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +40,29 @@ def from_first(value: Any) -> Any:
         return value
     from accelerate.utils import broadcast_object_list
 
-    held = [value]
-    broadcast_object_list(held)
-    return held[0]
+    told = [value]
+    broadcast_object_list(told)
+    return told[0]
+
+
+def held(folder: Path, *, wait: bool) -> int | None:
+    """A descriptor that holds a folder against whoever asks for it likewise, in this process, too: until it is closed,
+    or the process ends, however it does. None where the system has no such locks. Raises BlockingIOError where somebody
+    else holds it, and that is not to be waited for."""
+    try:
+        import fcntl
+
+        opened = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # what cannot be written to is told when it is to be
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(opened)
+        raise
+    except OSError:  # a file system without them
+        pass
+    return opened
 
 
 def end_group() -> None:

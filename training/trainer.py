@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_hooks.errors import CheckpointError, DataError, TrainingError
+from sae_hooks.processes import held
 from sae_hooks.sae import SAE
 
 from .learner import Learner, TrainConfig, Trainee
@@ -169,32 +170,23 @@ def _described(learner: Learner, stream: Stream, config: TrainConfig) -> SAE:
 @contextmanager
 def _alone_in(folder: Path | None, parallel: Parallel) -> Iterator[None]:
     """Hold the folder against other trainings; the system lets go of it when the process ends, however it does."""
-    held = None if folder is None else parallel.together(lambda: _locked(folder) if parallel.main else None)
+    holding = None if folder is None else parallel.together(lambda: _locked(folder) if parallel.main else None)
     try:
         yield
     finally:
-        if held is not None:
-            os.close(held)
+        if holding is not None:
+            os.close(holding)
 
 
 def _locked(folder: Path) -> int | None:
-    """The descriptor that holds the folder; None where the system has no such locks."""
-    try:
-        import fcntl
-
+    """What holds the folder, if anything can."""
+    with suppress(OSError):  # what cannot be written to is told when it is to be
         folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # what cannot be written to is told when it is to be
-        return None
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held(folder, wait=False)
     except BlockingIOError as error:
-        os.close(opened)
         raise TrainingError(f"another process trains in {folder} at this moment; wait for it, or take another "
                             "folder") from error
-    except OSError:
-        pass
-    return opened
 
 
 @contextmanager

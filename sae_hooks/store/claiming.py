@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..identity import differences
+from ..processes import held
 from .format import EXPORT, MANIFEST, TOKENIZER, file_digest
 from .writing import read_export, write_export
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While nobody else is in here with this folder, which is made: no thread, and no process where its file system has
-    locks (NFS may not). Raises DataError."""
+    """While nobody else is in here with this folder, which is made, where there are locks (on NFS, on Windows there may
+    be none). Raises DataError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{folder} cannot be made or opened: {error}; take another folder") from error
+        raise DataError(f"{folder} cannot be made: {error}; take another folder") from error
+    holding = held(folder, wait=True)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if holding is not None:
+            os.close(holding)
 
 
 def claim(folder: Path, asked: Mapping[str, Any], tokenizer: Any, resume: bool) -> str:

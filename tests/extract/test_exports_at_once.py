@@ -1,6 +1,7 @@
 """Exports into one folder at the same time: one of them is written, whole, and the other one is told."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from extract.exports import ROWS, SITE, contents, finished, worker
 
 from sae_hooks import attach_saes
 from sae_hooks.errors import DataError
+from sae_hooks.processes import held
 from sae_hooks.store import open_features
 from sae_hooks.store.claiming import alone
 
@@ -70,6 +72,12 @@ def test_a_folder_is_for_one_at_a_time(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_system_without_such_locks_exports_without(export, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert held(tmp_path, wait=False) is held(tmp_path, wait=True) is None
+    export(tmp_path).verify()
+
+
 def test_two_processes_that_know_nothing_of_each_other_write_one_store(tmp_path):
     finished(worker(tmp_path / "alone"))
     processes = [worker(tmp_path / "f") for _ in range(2)]
