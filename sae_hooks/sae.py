@@ -273,7 +273,7 @@ def _product(x: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     if kernels.autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return _product(x, weights, dtype)
-    return x.to(dtype) @ weights.to(dtype)
+    return kernels.product(x.to(dtype), weights.to(dtype))
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:

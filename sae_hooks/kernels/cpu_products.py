@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .tracing import is_bare, is_untraced, wants_gradient
 
@@ -43,7 +42,7 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, widened: bool = Fals
     if is_untraced(x, rows, bias):  # gradients of the first would be as large as rows, the others have none
         if large and n in FEWEST and x.numel() < FEWEST_OF and len(rows) % PLACES == 0 and MKL:
             return affine_from_places(x, rows, bias)
-        if has_onednn(x, rows):
+        if has_onednn(x) and rows.is_contiguous():
             if n in (THIN if large else THIN_WIDENED if widened else ()):
                 return by_onednn(rows, x, None).add_(bias[:, None]).T.contiguous()
             if (large and n in THINNER) or is_much(x, rows):
@@ -56,17 +55,17 @@ def affine_otherwise(x: Tensor, rows: Tensor, bias: Tensor, widened: bool = Fals
 def addmm(added: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
     """torch.addmm: added, (n, d_out) or (d_out), + acts (n, d_sae) @ W_dec (d_sae, d_out); on any device."""
     much = acts.is_cpu and is_much_decoded(acts, W_dec)
-    if much and has_onednn(acts, W_dec) and is_untraced(acts, W_dec, added):
+    if much and has_onednn(acts) and W_dec.is_contiguous() and is_untraced(acts, W_dec, added):
         return by_onednn(acts.contiguous(), W_dec.T, None).add_(added)
     return torch.addmm(added, acts, W_dec)
 
 
 def followed_otherwise(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, once, on a CPU where a plain product is not
-    the quickest way; else None."""
+    """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, on a CPU where a plain product is not the
+    quickest way; else None."""
     if not wants_gradient(x, W) or torch.compiler.is_compiling() or not is_bare(x, W):
         return None
-    if not x.is_cpu or not is_much_decoded(x, W) or not has_onednn(x, W if W.is_contiguous() else W.T):
+    if x.ndim != 2 or not x.is_cpu or not is_much_decoded(x, W) or not has_onednn(x) or _in_one_piece(W) is not W:
         return None
     out: Tensor = _Product.apply(x.contiguous(), W, bias)  # type: ignore[no-untyped-call]
     return out
@@ -81,17 +80,24 @@ class _Product(torch.autograd.Function):
         return by_onednn(x, W.T, None if bias is None else bias.contiguous())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, W), grad, (x_too, W_too, bias_too) = ctx.saved_tensors, grad.contiguous(), ctx.needs_input_grad
-        return _mm(grad, W.T) if x_too else None, _mm(x.T, grad) if W_too else None, grad.sum(0) if bias_too else None
+        (x, W), (x_too, W_too, bias_too) = ctx.saved_tensors, ctx.needs_input_grad
+        return mm(grad, W.T) if x_too else None, mm(x.T, grad) if W_too else None, grad.sum(0) if bias_too else None
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k) @ b (k, m), by oneDNN: the larger one, or its transposition, is in one piece, and not copied."""
-    if a.is_contiguous() or a.numel() <= b.numel():
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m), of one dtype: a backward pass' product, plainly where somebody follows that."""
+    if torch.is_grad_enabled() or not is_bare(a, b) or not a.is_cpu or not is_much_decoded(a, b) or not has_onednn(a):
+        return a @ b
+    a, b = _in_one_piece(a), _in_one_piece(b)
+    if a.is_contiguous() or a.numel() <= b.numel():  # what is copied is the smaller one
         return by_onednn(a.contiguous(), b.T, None)
     return by_onednn(b.T.contiguous(), a, None).T
+
+
+def _in_one_piece(matrix: Tensor) -> Tensor:
+    """A matrix, if it or its transposition is contiguous, or a copy of it."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 def is_large(weights: Tensor) -> bool:
@@ -111,10 +117,9 @@ def is_much_decoded(acts: Tensor, W_dec: Tensor) -> bool:
     return n > 2 and n * W_dec.numel() >= MUCH_DECODED
 
 
-def has_onednn(x: Tensor, weights: Tensor) -> bool:
-    """Whether `by_onednn` may have these."""
-    has = HAS_ONEDNN and bool(torch.backends.mkldnn.enabled)
-    return has and x.dtype == torch.float32 and weights.is_contiguous()
+def has_onednn(x: Tensor) -> bool:
+    """Whether `by_onednn` may have matrices of this dtype."""
+    return HAS_ONEDNN and bool(torch.backends.mkldnn.enabled) and x.dtype == torch.float32
 
 
 def by_onednn(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:

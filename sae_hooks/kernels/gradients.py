@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cpu_products import mm
 from .decoding import CROWDED, GPU_CROWDED, LEAST, nothing_or_nan
 from .encoding import find_above, find_largest
 from .segments import dots, starts_of, weighted_sums
@@ -88,8 +89,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_rows = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            to_x = None if W_rows is None else grad @ cast(W_rows, grad.dtype)
-            to_rows = None if x is None else grad.T @ cast(x, grad.dtype)
+            to_x = None if W_rows is None else mm(grad, cast(W_rows, grad.dtype))
+            to_rows = None if x is None else mm(grad.T, cast(x, grad.dtype))
         return to_x, to_rows, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 

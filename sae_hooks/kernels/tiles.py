@@ -156,7 +156,7 @@ def affine(
 
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, once at least."""
+    """x (..., k) @ W (k, m) + bias (m), of one dtype, which autograd follows; with a bias, x is (n, k)."""
     if (followed := followed_otherwise(x, W, bias)) is not None:
         return followed
     return x @ W if bias is None else affine(x, W.T, bias)

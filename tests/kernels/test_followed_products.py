@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_hooks import kernels
-from sae_hooks.kernels import cpu_products
+from sae_hooks.kernels import cpu_products, tiles
 
 pytestmark = pytest.mark.skipif(not cpu_products.HAS_ONEDNN, reason="this build of torch has no oneDNN")
 N, K, M = 40, 24, 70
@@ -61,11 +61,30 @@ def test_without_a_bias(calls):
     assert len(calls) == 3
 
 
-def test_second_derivatives_are_refused_rather_than_wrong(calls):
-    out = kernels.product(*(leaves := parts()))
-    (first,) = torch.autograd.grad(out.square().sum(), leaves[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+def test_second_derivatives_are_those_of_plain_products(calls):
+    """And gradients that are taken several at once (is_grads_batched)."""
+    found = []
+    for product in (kernels.product, lambda x, W, b: x @ W + b):
+        leaves = parts()
+        out = product(*leaves)
+        batched = torch.autograd.grad(out, leaves, torch.stack([out.detach(), out.detach() ** 2]), retain_graph=True,
+                                      is_grads_batched=True)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append([*batched, *first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-2)
+    assert len(calls) == 3, "the product, and the last backward pass, which nobody follows"
+
+
+def test_backward_passes_of_what_autograd_follows_as_one_operation_are_onednns_too(calls, monkeypatch):
+    monkeypatch.setattr(tiles, "CPU_SIZE", 400)
+    x, W, bias = parts()
+    along = torch.randn(N, M)
+    want = found(lambda x, W, b: x @ W + b, [x, W, bias], along)
+    for mine, theirs in zip(found(lambda x, W, b: kernels.pre_activations(x, W.T, b), [x, W, bias], along), want,
+                            strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("case", ["few", "two tokens", "float64", "no gradient", "pieces", "compiled"])
