@@ -61,6 +61,17 @@ def test_without_a_bias(calls):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("pieces", ["expanded", "every second row"])
+def test_gradients_that_lie_in_pieces_are_copied_first(calls, pieces):
+    along = torch.ones(1, 1).expand(N, M) if pieces == "expanded" else torch.randn(2 * N, M)[::2]
+    leaves = parts()
+    for mine, theirs in zip(found(kernels.product, leaves, along), found(lambda x, W, b: x @ W + b, leaves, along),
+                            strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    for matrices in calls[1:]:
+        assert all(t.is_contiguous() or t.T.is_contiguous() for t in matrices[:2])
+
+
 def test_second_derivatives_are_those_of_plain_products(calls):
     """And gradients that are taken several at once (is_grads_batched)."""
     found = []
