@@ -63,7 +63,8 @@ def addmm(added: Tensor, acts: Tensor, W_dec: Tensor) -> Tensor:
 def followed_otherwise(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
     """x (n, k) @ W (k, m) + bias (m), of one dtype, which autograd follows, on a CPU where a plain product is not the
     quickest way; else None."""
-    if not wants_gradient(x, W) or torch.compiler.is_compiling() or not is_bare(x, W):
+    given = (x, W) if bias is None else (x, W, bias)
+    if not wants_gradient(*given) or torch.compiler.is_compiling() or not is_bare(*given):
         return None
     if x.ndim != 2 or not x.is_cpu or not is_much_decoded(x, W) or not has_onednn(x) or _in_one_piece(W) is not W:
         return None

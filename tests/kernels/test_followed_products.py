@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import vmap
 
 from sae_hooks import kernels
 from sae_hooks.kernels import cpu_products, tiles
@@ -96,6 +98,18 @@ def test_backward_passes_of_what_autograd_follows_as_one_operation_are_onednns_t
                             strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by PyTorch's own forward mode
+def test_several_biases_at_once_and_tangents_of_them_are_followed_plainly(calls):
+    x, W, bias = parts()
+    biases = torch.stack([bias, 2 * bias]).detach()
+    several = vmap(lambda b: kernels.product(x, W, b))(biases)
+    torch.testing.assert_close(several, torch.stack([x @ W + b for b in biases]), rtol=1e-5, atol=1e-4)
+    with forward_ad.dual_level():
+        out = kernels.product(x, W, forward_ad.make_dual(bias, torch.ones_like(bias)))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, torch.ones(N, M))
+    assert not calls
 
 
 @pytest.mark.parametrize("case", ["few", "two tokens", "float64", "no gradient", "pieces", "compiled"])
