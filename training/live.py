@@ -123,13 +123,18 @@ class LiveStream:
         return (f"LiveStream({self.model_name!r}, {', '.join(self.sites)}; buffer of {self.buffer_tokens:,} tokens, "
                 f"{self.buffer_bytes / 1e9:.2f} GB on {self._buffer_device})")
 
-    def next(self, size: int) -> dict[str, Tensor]:
-        """{site: float32 (size, d_in)} on the stream's device, or this share of it; see `Stream.next`."""
-        mine = len(range(self._share[0], size, self._share[1]))
+    def check_left(self, size: int) -> None:
+        """Fill the buffer if it is half empty. Raises DataError when this share of `size` rows is not in it then."""
+        mine = self._part(size)
         if len(self._order) < max(mine, self.buffer_tokens // 2) and not self._reader.ended:
             self._refill()
         if len(self._order) < mine:
             self._complain(size)
+
+    def next(self, size: int) -> dict[str, Tensor]:
+        """{site: float32 (size, d_in)} on the stream's device, or this share of it; see `Stream.next`."""
+        self.check_left(size)
+        mine = self._part(size)
         rows, self._order = self._order[:mine].to(self._buffer_device), self._order[mine:]
         self._seen += mine
         return {site: info.normalised(self._buffer[site][rows].to(self._device).float())
@@ -168,6 +173,10 @@ class LiveStream:
             assert isinstance(rows, Tensor)
             buffer[site][:len(rows)] = rows
             self._order = torch.arange(len(rows))
+
+    def _part(self, size: int) -> int:
+        """How many of `size` rows are this share's."""
+        return len(range(self._share[0], size, self._share[1]))
 
     def _refill(self) -> None:
         """Fill the buffer and shuffle what is in it. Nothing has changed if that fails."""

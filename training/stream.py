@@ -39,10 +39,13 @@ class Stream(Protocol):
     def model_name(self) -> str:
         """The model that the activations are of."""
 
+    def check_left(self, size: int) -> None:
+        """Raise DataError when fewer than `size` rows are left. Takes none."""
+
     def next(self, size: int) -> dict[str, Tensor]:
         """{site: float32 (size, d_in)}: activations / rms_norm, shuffled, row i of all sites from the same token.
 
-        Raises DataError when fewer than `size` rows are left, and takes none of them then.
+        Raises what `check_left` does, and takes no row then.
         """
 
     def state_dict(self) -> State:
@@ -158,9 +161,22 @@ class CachedStream:
         self._order, self._epoch, self._place = _Epochs([(0, self.rows)], seed), 0, 0
         self.sites: Mapping[str, SiteInfo] = self._measured(self.rows)
 
+    def check_left(self, size: int) -> None:
+        """Raise DataError when fewer than `size` rows of the whole stream are left."""
+        if self.epochs is None:
+            return
+        counts = [self._order.rows(epoch) for epoch in range(max(self.epochs, self._epoch))]
+        seen = sum(counts[:self._epoch]) + self._place
+        if (left := max(0, sum(counts) - seen)) < size:
+            raise DataError(
+                f"the activations ended: {seen:,} tokens were read, each of {self.rows:,} up to {self.epochs} times, "
+                f"and the {left:,} left do not fill a batch of {size:,}. Harvest more into the same folder, or read "
+                "them again with epochs= (None: without end); the same training then goes on"
+            )
+
     def next(self, size: int) -> dict[str, Tensor]:
         """{site: float32 (size, d_in)} on the stream's device, or this share of it; see `Stream.next`."""
-        self._check_left(size)
+        self.check_left(size)
         rows = self._advance(size)[self._share[0] :: self._share[1]]
         sorter = np.argsort(rows, kind="stable")
         back = torch.from_numpy(np.argsort(sorter)).to(self._device)
@@ -204,18 +220,6 @@ class CachedStream:
         infos = {name: found[:folders] for name, found in self._infos.items()}
         read = [*zip(self._names[:shards], np.minimum(self._ends, rows).tolist(), strict=False)]
         return _digest((self._order.seed, list(ends), infos, read))
-
-    def _check_left(self, size: int) -> None:
-        if self.epochs is None:
-            return
-        counts = [self._order.rows(epoch) for epoch in range(max(self.epochs, self._epoch))]
-        seen = sum(counts[:self._epoch]) + self._place
-        if (left := max(0, sum(counts) - seen)) < size:
-            raise DataError(
-                f"the activations ended: {seen:,} tokens were read, each of {self.rows:,} up to {self.epochs} times, "
-                f"and the {left:,} left do not fill a batch of {size:,}. Harvest more into the same folder, or read "
-                "them again with epochs= (None: without end); the same training then goes on"
-            )
 
     def _advance(self, size: int) -> Rows:
         """The next `size` rows of the whole stream, across epochs."""

@@ -70,6 +70,7 @@ def _train(stream: Stream, learners: Mapping[str, Learner], config: TrainConfig,
             Progress(place, learners, config, start, log, progress, parallel) as bar:
         for step in range(start, config.steps):
             try:
+                parallel.together(stream.check_left, config.batch_size)  # or rows would be lost where others have none
                 rows = parallel.part(parallel.together(_next, stream, config.batch_size, parallel))
             except DataError:
                 if place and step > start:

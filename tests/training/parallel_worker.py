@@ -245,26 +245,26 @@ def not_finite(par: Parallel, folder: Path) -> None:
 
 @check
 def texts_that_end(par: Parallel, folder: Path) -> None:
-    """Where the texts end in one process, all save what is done and raise DataError."""
-    def end() -> None:
-        raise DataError("the texts ended")
-
-    stream = watched(stored(folder, par), 3, end, rank=1)
-    error = raised(DataError)(lambda: run(par, stream, folder, some(par)[:2]))
-    assert "the texts ended" in str(error)
-    found = load_shards(folder / "checkpoints", par)
-    assert found is not None
+    """Where the texts end in one process, all save what is done and raise DataError; none has taken rows that no step
+    saw, and all go on with more text."""
+    texts = [window[:6] if i % 2 else window for i, window in enumerate(streams.some_windows(0))]
+    live = partial(streams.live, streams.tiny_gemma2(), windows=texts, epochs=1, share=par.share)
+    assert "the texts ended" in str(raised(DataError)(lambda: run(par, live(), folder, some(par)[:2])))
+    found, alone = load_shards(folder / "checkpoints", par), live()
+    assert found
     assert found.step == 3
+    for _ in range(3):
+        alone.next(40)
+    assert equal(found.parts["_stream"], alone.state_dict())
+    if par.main:
+        alone.next(40)  # it was the other one's texts that ended
+    run(par, live(windows=[*texts, *streams.some_windows(1)]), folder, some(par)[:2])
 
 
 @check
 def live_streams(par: Parallel, folder: Path) -> None:
     """Each process goes on in its own texts and buffer; another number of processes is refused."""
-    from transformers import AutoModelForCausalLM
-
-    tiny = Path(__file__).parents[1] / "models" / "tiny-gemma2"
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")
-    trainees = some(par)[:2]
+    model, trainees = streams.tiny_gemma2(), some(par)[:2]
     wanted = run(par, streams.live(model, share=par.share), None, trainees)
     stopped = watched(streams.live(model, share=par.share), 2, interrupt, rank=0)
     raised(KeyboardInterrupt)(lambda: run(par, stopped, folder, trainees))

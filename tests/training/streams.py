@@ -93,6 +93,15 @@ def live(model: nn.Module, sites: Sequence[str] = (IN, OUT), **changes: Any) -> 
     return LiveStream(model, sites, **given)
 
 
+def tiny_gemma2() -> nn.Module:
+    """The model of `live`."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(__file__).parents[1] / "models" / "tiny-gemma2"
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model
+
+
 def some_windows(epoch: int, n: int = 30) -> Iterator[np.ndarray[Any, np.dtype[np.int32]]]:
     """Windows of 6 to 15 tokens, other ones each epoch, each beginning with BOS."""
     random = np.random.default_rng(epoch)
@@ -154,6 +163,9 @@ class Synthetic:
         norms = sample.norm(dim=1)
         rms, typical = float(norms.square().mean().sqrt()), float(norms.median())
         self.sites = {IN: SiteInfo(d_in=dictionary.shape[1], rms_norm=rms, typical_norm=typical)}
+
+    def check_left(self, size: int) -> None:
+        """There are always more."""
 
     def next(self, size: int) -> dict[str, Tensor]:
         """The next rows."""
