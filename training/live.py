@@ -23,7 +23,7 @@ from .harvest import (
     site_activations,
 )
 from .shards import text_digests
-from .stream import State
+from .stream import State, checked_epochs, checked_share
 from .text import Position, Window, Windows
 
 GROUP_BATCHES = 16  # forward passes whose windows are sorted by length together, so that little is padded
@@ -93,7 +93,7 @@ class LiveStream:
         epochs: how often the text is read (None: without end). share (i, n): this process reads the texts i, i + n,
         ..., and its batches are of every n-th row; n of them together make up what one would read, though not in its
         order. device: where batches come out; buffer_device: where the buffer lies. Raises DataError if no token is
-        ordinary, or for sizes that are no whole numbers above 0, SiteError for an unknown site.
+        ordinary, or for numbers that cannot be, SiteError for an unknown site.
         """
         opened = windows if isinstance(windows, Windows) else Windows(windows)
         config_name = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -102,9 +102,10 @@ class LiveStream:
         self._tokens_per_batch = whole("tokens_per_batch", tokens_per_batch)
         self._model, self._special_ids = model, list(special_ids)
         self._weights = weights_digest(model)
-        self._share, self._device, self._buffer_device = share, torch.device(device), torch.device(buffer_device)
-        self._reader = _Reader(opened, epochs, share)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._share = checked_share(share)
+        self._device, self._buffer_device = torch.device(device), torch.device(buffer_device)
+        self._reader = _Reader(opened, checked_epochs(epochs), self._share)
+        self._generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
         self._buffer: dict[str, Tensor] = {}
         self._order = torch.empty(0, dtype=torch.int64)  # slots of the buffer that are still to be read
         self._seen = 0
@@ -125,7 +126,7 @@ class LiveStream:
 
     def check_left(self, size: int) -> None:
         """Fill the buffer if it is half empty. Raises DataError when this share of `size` rows is not in it then."""
-        mine = self._part(size)
+        mine = self._part(whole("size", size))
         if len(self._order) < max(mine, self.buffer_tokens // 2) and not self._reader.ended:
             self._refill()
         if len(self._order) < mine:

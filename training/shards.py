@@ -158,12 +158,13 @@ class Shards:
 
     def __init__(self, folder: Path, max_tokens: int | None = None) -> None:
         """Map the shards that are there, in order, until max_tokens are reached. DataError if there are none, or if
-        one is broken."""
+        one is broken, or max_tokens is no whole number above 0."""
+        most = None if max_tokens is None else whole("max_tokens", max_tokens)
         self.info = read_info(folder)
         self.names: list[str] = []
         self.parts: list[Tensor] = []
         for path in sorted(folder.glob("shard-*.safetensors")):
-            if max_tokens is None or len(self) < max_tokens:
+            if most is None or len(self) < most:
                 self.names.append(path.name)
                 self.parts.append(read_shard(path, self.info.d_in))
         if not len(self):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae_hooks.errors import CheckpointError, DataError
+from sae_hooks.sizes import whole
 
 from .harvest import SiteInfo
 from .shards import Shards
@@ -142,8 +143,10 @@ class CachedStream:
         epochs: None repeats without end. share (i, n): batches are rows i, i + n, ... of the whole stream's, so that
         n ranks make up each batch together; their positions are equal. max_tokens: only the first so many rows.
         device: where the batches come out. Raises DataError for shards that are broken, missing or don't belong
-        together.
+        together, and for numbers that cannot be.
         """
+        self.epochs, self._share = checked_epochs(epochs), checked_share(share)
+        most, seed = max_tokens if max_tokens is None else whole("max_tokens", max_tokens), whole("seed", seed, least=0)
         paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
         names = _sites_in(paths[0]) if sites is None else list(sites)
         found = [{name: Shards(path / name) for name in names} for path in paths]
@@ -156,13 +159,14 @@ class CachedStream:
         self._ends = np.cumsum([len(x) for x in self._parts[names[0]]])
         self._folder_ends = np.cumsum([sum(map(len, parts.values())) for parts in common[names[0]]])
         self.model_name = found[0][names[0]].info.model_name
-        self.rows = min(int(self._ends[-1]), max_tokens or int(self._ends[-1]))
-        self.epochs, self._share, self._device = epochs, share, torch.device(device)
+        self.rows = min(int(self._ends[-1]), most or int(self._ends[-1]))
+        self._device = torch.device(device)
         self._order, self._epoch, self._place = _Epochs([(0, self.rows)], seed), 0, 0
         self.sites: Mapping[str, SiteInfo] = self._measured(self.rows)
 
     def check_left(self, size: int) -> None:
         """Raise DataError when fewer than `size` rows of the whole stream are left."""
+        whole("size", size)
         if self.epochs is None:
             return
         counts = [self._order.rows(epoch) for epoch in range(max(self.epochs, self._epoch))]
@@ -231,6 +235,20 @@ class CachedStream:
             size -= stop - self._place
             self._epoch, self._place = (self._epoch + 1, 0) if stop == rows else (self._epoch, stop)
         return np.concatenate(parts)
+
+
+def checked_epochs(epochs: int | None) -> int | None:
+    """As it is, plain. Raises DataError for what is neither None nor a whole number above 0."""
+    return None if epochs is None else whole("epochs", epochs)
+
+
+def checked_share(share: tuple[int, int]) -> tuple[int, int]:
+    """As it is, plain. Raises DataError for what is not the i-th of n parts, counted from 0."""
+    if isinstance(share, tuple | list) and len(share) == 2:
+        i, n = whole("share[0]", share[0], least=0), whole("share[1]", share[1])
+        if i < n:
+            return i, n
+    raise DataError(f"share must be (i, n), with i from 0 to n - 1; got {share!r}")
 
 
 def _gather(parts: Sequence[Tensor], ends: Rows, rows: Rows) -> Tensor:

@@ -262,6 +262,10 @@ NORMS = dict.fromkeys((SITE, NORMED), SiteInfo(d_in=16, rms_norm=4.0, typical_no
     (lambda model: live(model, buffer_tokens=30).next(40), DataError, "buffer of 30 tokens cannot give batches of 40"),
     (lambda model: live(model, buffer_tokens=0), DataError, "buffer_tokens must be a whole number, 1 or more; got 0"),
     (lambda model: live(model, tokens_per_batch=0), DataError, "tokens_per_batch must be .*; got 0"),
+    (lambda model: live(model, epochs=0), DataError, "epochs must be a whole number, 1 or more; got 0"),
+    (lambda model: live(model, seed=-1), DataError, "seed must be a whole number, 0 or more; got -1"),
+    (lambda model: live(model, share=(2, 2)), DataError, r"share must be \(i, n\).*; got \(2, 2\)"),
+    (lambda model: live(model).next(0), DataError, "size must be a whole number, 1 or more; got 0"),
     (lambda model: live(model, sites=["model.layers.7.output"]), SiteError, "layers 0 to 2")])
 def test_what_cannot_be_read_is_said(model_with_a_sink_token: LlamaForCausalLM,
                                      act: Callable[[LlamaForCausalLM], Any], error: type[Exception], said: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sae_hooks.errors import CheckpointError, DataError
 from sae_hooks.training import stream as stream_module
-from sae_hooks.training.shards import HarvestInfo
+from sae_hooks.training.shards import HarvestInfo, Shards
 from sae_hooks.training.stream import CachedStream
 
 A, B = "layers.1.output", "layers.2.mlp.input"
@@ -318,3 +318,28 @@ def test_a_folder_without_a_harvest_and_a_broken_shard_are_named(tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"shard-00002\.safetensors is broken"):
         CachedStream(tmp_path)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"max_tokens": 0}, "max_tokens must be a whole number, 1 or more; got 0"),
+    ({"max_tokens": 20.0}, "max_tokens must be .*; got 20.0"), ({"epochs": 0}, "epochs must be .*; got 0"),
+    ({"epochs": True}, "epochs must be .*; got True"), ({"seed": -1}, "seed must be .*, 0 or more; got -1"),
+    ({"share": (0, 0)}, r"share\[1\] must be .*; got 0"), ({"share": (-1, 2)}, r"share\[0\] must be .*; got -1"),
+    ({"share": (2, 2)}, r"share must be \(i, n\), with i from 0 to n - 1; got \(2, 2\)"), ({"share": 1}, "got 1")])
+def test_numbers_that_cannot_be_are_refused_by_name(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    store(tmp_path)
+
+    with pytest.raises(DataError, match=said):
+        CachedStream(tmp_path, **given)
+
+
+def test_so_are_sizes_of_a_batch_and_of_what_is_mapped_and_numpys_are_numbers(tmp_path: Path) -> None:
+    store(tmp_path)
+
+    for size in (0, -1, True, 2.0):
+        with pytest.raises(DataError, match=f"size must be a whole number, 1 or more; got {size}"):
+            CachedStream(tmp_path).next(size)
+        with pytest.raises(DataError, match=f"max_tokens must be a whole number, 1 or more; got {size}"):
+            Shards(tmp_path / A, size)
+    counted = CachedStream(tmp_path, seed=np.int64(3), epochs=np.int64(2), max_tokens=np.int64(40))
+    assert counted.state_dict() == CachedStream(tmp_path, seed=3, epochs=2, max_tokens=40).state_dict()
