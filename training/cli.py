@@ -109,7 +109,8 @@ def train(
     given = {"d_sae": d_sae, "tokens": tokens, "batch_size": batch_size, "learning_rate": learning_rate}
     recipes = _recipes(recipe, objective, _floats(l0), _floats(sparsity), given, _pairs(settings))
     first = next(iter(recipes.values()))
-    first.config()
+    for one in recipes.values():
+        one.check()
     sites = site or ["resid_post"]
     if only_plan:
         _print_plan(model, layer or [], sites, recipes, context, cache_tokens or first.tokens if cache else None)
@@ -118,8 +119,8 @@ def train(
         raise typer.BadParameter("--text and --out are needed, but for --plan")
     what = Text(source=text, field=field, split=split, shuffled=shuffle)
     held = None if held_out is None else Text(source=held_out, field=field, split=held_out_split)
-    for one in (what, held):
-        _check_text(one)
+    for told in (what, held):
+        _check_text(told)
     together = parallel(shards)
     where = str(together.device) if together.mesh is not None and device is None else device
     loaded, tokenizer = load_model(model, dtype, where)

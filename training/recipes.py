@@ -15,7 +15,7 @@ from sae_hooks.errors import TrainingError
 
 from .learner import TrainConfig, Trainee
 from .objectives import OBJECTIVES, JumpReLU, Objective, TanhJumpReLU, TopK
-from .settings import settle, typed
+from .settings import expect, settle, typed
 
 TARGET_SPARSITY = 2.0  # of the quadratic penalty: an offset of 1 % of l0=60 where a feature buys an error of 0.0006
 Numbers = TypeVar("Numbers", "Recipe", Objective)
@@ -27,7 +27,8 @@ class Recipe:
 
     d_sae: features. tokens: activations that are read, whether or not of text that was read before. context: tokens of
     a window, at most (the model may take fewer). buffer_tokens: what a live stream shuffles among. ramp: share of the
-    steps in which the penalty rises, if the objective says no number of steps.
+    steps in which the penalty rises, if the objective says no number of steps. Raises TrainingError for numbers that
+    cannot be.
     """
 
     d_sae: int
@@ -50,6 +51,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         settle(self)
+        expect(self, above_0=("d_sae", "tokens", "batch_size", "context", "buffer_tokens", "checkpoint_every"),
+               from_0=("warmup",))
 
     @property
     def steps(self) -> int:
@@ -73,9 +76,14 @@ class Recipe:
         before any feature had been silent for so long."""
         return min(tokens, self.tokens // 20)
 
+    def check(self) -> None:
+        """Raise TrainingError where no SAE can be trained so, as with a k above d_sae."""
+        self.config()
+        self.trainee("the recipe", "any site")
+
     def config(self) -> TrainConfig:
         """How long and in what steps. Raises TrainingError if the tokens do not make one step."""
-        if self.batch_size < 1 or self.steps < 1:
+        if self.steps < 1:
             raise TrainingError(f"{self.tokens:,} tokens are not one batch of {self.batch_size:,}; give more tokens, "
                                 "or a smaller batch_size")
         return TrainConfig(steps=self.steps, batch_size=self.batch_size, warmup=self.warmup, decay=self.decay,

@@ -27,7 +27,9 @@ def test_plan_reads_the_config_alone_and_trains_nothing(run, model, tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "told"), [
-    (("--layer", 44), "has layers 0 to 3"), (("--layer", 2, "--l0", "-3"), "L0 above 0"), ((), "give --layer")])
+    (("--layer", 44), "has layers 0 to 3"), (("--layer", 2, "--l0", "-3"), "L0 above 0"), ((), "give --layer"),
+    (("--layer", 2, "--objective", "topk", "--l0", "30,64", "--d-sae", 32), "a k of 64 is above the 32 features"),
+    (("--layer", 2, "--set", "context=0"), "expected context above 0")])
 def test_a_plan_of_what_cannot_be_is_refused(run, model, asked, told):
     result = run("train", model, "--plan", *asked)
     assert result.exit_code == 1

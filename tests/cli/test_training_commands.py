@@ -229,7 +229,7 @@ def test_saes_without_a_training_to_go_on_with_are_not_replaced(texts, one_sae):
     (("--set", "decay"), 2, "NAME=VALUE"),
     (("--seed", -1), 2, "Invalid value for '--seed'"),
     (("--seed", 2**64), 2, "Invalid value for '--seed'"),
-    (("--set", "buffer_tokens=-5"), 1, "buffer_tokens must be a whole number, 1 or more; got -5"),
+    (("--set", "buffer_tokens=-5"), 1, "Recipe: expected buffer_tokens above 0, got -5"),
     (("--sparsity", "-1"), 1, "expected sparsity of 0 or more, got -1"),
     (("--set", "objective.bandwidth=-1"), 1, "expected bandwidth above 0, got -1"),
     (("--set", "decay=3"), 1, "expected decay from 0 to 1, got 3"),
