@@ -43,11 +43,11 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def expect(numbers: object, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
-    """Raise TrainingError where one of these attributes, unless it is None, is not above 0, or not 0 or more."""
+    """Raise TrainingError where one of these attributes, unless it is None, is not finite and above 0, or 0 or more."""
     for name in (*above_0, *from_0):
         value = getattr(numbers, name)
-        if value is not None and not (value > 0 or (value == 0 and name in from_0)):
-            least = "of 0 or more" if name in from_0 else "above 0"
+        if value is not None and not (0 < value < math.inf or (value == 0 and name in from_0)):
+            least = "finite" if value == math.inf else "of 0 or more" if name in from_0 else "above 0"
             raise TrainingError(f"{type(numbers).__name__}: expected {name} {least}, got {value}")
 
 

@@ -136,6 +136,8 @@ def test_a_setting_that_cannot_be_is_explained(name, text, told):
 
 @pytest.mark.parametrize(("made", "told"), [
     (lambda: JumpReLU(sparsity=-1), "JumpReLU: expected sparsity of 0 or more, got -1"),
+    (lambda: JumpReLU(sparsity=float("inf")), "JumpReLU: expected sparsity finite, got inf"),
+    (lambda: Trainee(name="a", site="b", d_sae=100, clip=float("inf")), "expected clip finite, got inf"),
     (lambda: JumpReLU(bandwidth=0.0), "expected bandwidth above 0, got 0.0"),
     (lambda: JumpReLU(l0=float("nan")), "expected l0 above 0, got nan"),
     (lambda: JumpReLU(prefixes=(8, 4)), "prefixes must ascend"),
