@@ -127,6 +127,8 @@ class Job:
         write_atomically({path: json_bytes(here)})
 
     def _check_cache(self) -> None:
+        if self.cache and (self.out / RECORD).exists() and self.out.resolve().is_relative_to(self.cache.resolve()):
+            return  # what is there is of this training, which was stopped before it had harvested
         names = [] if self.cache is None or not self.cache.is_dir() else sorted(p.name for p in self.cache.iterdir())
         visible = [name for name in names if not name.startswith(".")]
         if self.cache is not None and visible and not any(self.cache.glob("*/harvest.json")):

@@ -86,3 +86,12 @@ def test_a_cache_is_no_folder_of_other_things(text, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".hidden", "letters.txt", "mine"]
     (tmp_path / "mine" / "letters.txt").unlink()
     done(*arguments, "--cache", tmp_path / "mine")
+
+
+@pytest.mark.parametrize("inside", [".", "run"])
+def test_a_training_inside_its_cache_that_was_stopped_before_it_had_harvested_goes_on(text, tmp_path, inside):
+    arguments = ("train", MODEL, "--text", text, *SMALL, *SHORT, "--out", tmp_path / "acts" / inside)
+    (tmp_path / "acts").mkdir()
+    assert run(*arguments, "--cache", tmp_path / "acts", "--field", "nothing").exit_code == 1
+    assert [path.name for path in (tmp_path / "acts").rglob("*.json")] == ["training.json"]
+    done(*arguments, "--cache", tmp_path / "acts")
