@@ -41,65 +41,69 @@ UNIFORMITY_POSITIONS = 4  # of each window
 CONTEXT = 1024  # arXiv 2408.05147, 3.3
 PLANNED = ((1, 1), (8, 1), (8, 2), (8, 8))  # GPUs, and how many of them share the features
 
+# --- options --------------------------------------------------------------------------------------
+
+NUMBERS = "NUMBER[,NUMBER ...]"
 Field = Annotated[str, typer.Option(help="Where the text stands in a line of JSON or a row of a data set.")]
 Shuffle = Annotated[bool, typer.Option(help="Shuffle the texts; holds those of files in memory.")]
 Context = Annotated[int | None, typer.Option(min=4, help="Tokens of a window; at most what the model takes.")]
 ModelName = Annotated[str | None, typer.Option(
     help="What to call the language model in files. Default: MODEL, or the last part of its path.")]
-NUMBERS = "NUMBER[,NUMBER ...]"
+Licence = Annotated[str | None, typer.Option(help="Of the SAEs, for the card: cc-by-4.0, apache-2.0 ...")]
 
-
+TrainText = Annotated[str | None, typer.Option(help=f"What to train on. {TEXTS}")]
+Layers = Annotated[list[int] | None, typer.Option(help="Counted from 0. May be given several times.")]
+Sites = Annotated[list[str] | None, typer.Option(help=(
+    "resid_post, mlp_out, attn_out, transcoder, or a module path. May be given several times; each is trained "
+    "from the same forward passes. Default: resid_post."))]
+Out = Annotated[Path | None, typer.Option(file_okay=False, help="Where everything goes; made if needed.")]
+RecipeName = Annotated[Literal["quick", "paper"], typer.Option(
+    help="quick: converges in minutes. paper: the numbers of JumpReLU's paper and of Gemma Scope.")]
+Kind = Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")]
 Targets = Annotated[list[str] | None, typer.Option("--l0", metavar=NUMBERS, help=(
     "Features active on a token to aim at (the k of topk and batchtopk). Several: an SAE each, side by side."))]
 Sparsity = Annotated[list[str] | None, typer.Option(
     metavar=NUMBERS, help="Coefficient of the penalty. Several: an SAE each, side by side.")]
+Features = Annotated[int | None, typer.Option(min=1, help="Number of features.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="How many to train on, also of a shorter text.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Tokens a step.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=(
     "Any other number of the recipe, as decay=0.2 or objective.bandwidth=0.05. May be given several times."))]
-Licence = Annotated[str | None, typer.Option(help="Of the SAEs, for the card: cc-by-4.0, apache-2.0 ...")]
+Skip = Annotated[bool, typer.Option("--skip", help="Give transcoders an affine skip.")]
+Cache = Annotated[Path | None, typer.Option(
+    file_okay=False, help="Harvest the activations into this folder first, or take what is there.")]
+CacheTokens = Annotated[int | None, typer.Option(
+    min=1, help="How many to harvest; a longer training reads them again. Default: --tokens.")]
+Epochs = Annotated[int | None, typer.Option(
+    min=1, help="How often the text may be read. Default: as often as needed.")]
+HeldOut = Annotated[str | None, typer.Option(help=f"Text to evaluate on at the end. {TEXTS}")]
+HeldOutSplit = Annotated[str, typer.Option(help="Of a data set.")]
+HeldOutTokens = Annotated[int, typer.Option(
+    min=16, help="How many of it, the first of its texts as they are shuffled.")]
+DataLicence = Annotated[str | None, typer.Option(help="Of the text, in your words, for the card.")]
+FeatureShards = Annotated[int, typer.Option(min=1, help=(
+    "Under `accelerate launch`: so many processes share the features; groups of them share the batches."))]
+OnlyPlan = Annotated[bool, typer.Option(
+    "--plan", help="Print memory, hours and disk of this on one H100 and on eight; train nothing.")]
 
+
+# --- commands -------------------------------------------------------------------------------------
 
 @app.command(epilog="Example: sae-hooks train google/gemma-2-2b --text monology/pile-uncopyrighted --layer 12 "
                     "--l0 30,60 --held-out held-out.jsonl --out my-saes\n\n"
                     "What the paper's training would take: sae-hooks train google/gemma-2-9b --recipe paper --layer 20 "
                     "--plan")
 def train(
-    model: Model,
-    text: Annotated[str | None, typer.Option(help=f"What to train on. {TEXTS}")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Counted from 0. May be given several times.")] = None,
-    site: Annotated[list[str] | None, typer.Option(
-        help="resid_post, mlp_out, attn_out, transcoder, or a module path. May be given several times; each is trained "
-             "from the same forward passes. Default: resid_post.")] = None,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Where everything goes; made if needed.")] = None,
-    recipe: Annotated[Literal["quick", "paper"], typer.Option(
-        help="quick: converges in minutes. paper: the numbers of JumpReLU's paper and of Gemma Scope.")] = "quick",
-    objective: Annotated[str, typer.Option(help=f"One of {', '.join(OBJECTIVES)}.")] = "jumprelu",
-    l0: Targets = None, sparsity: Sparsity = None,
-    d_sae: Annotated[int | None, typer.Option(min=1, help="Number of features.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="How many to train on, also of a shorter text.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Tokens a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
-    settings: Settings = None,
-    skip: Annotated[bool, typer.Option("--skip", help="Give transcoders an affine skip.")] = False,
-    cache: Annotated[Path | None, typer.Option(
-        file_okay=False, help="Harvest the activations into this folder first, or take what is there.")] = None,
-    cache_tokens: Annotated[int | None, typer.Option(
-        min=1, help="How many to harvest; a longer training reads them again. Default: --tokens.")] = None,
-    epochs: Annotated[int | None, typer.Option(
-        min=1, help="How often the text may be read. Default: as often as needed.")] = None,
-    held_out: Annotated[str | None, typer.Option(help=f"Text to evaluate on at the end. {TEXTS}")] = None,
-    held_out_split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    held_out_tokens: Annotated[int, typer.Option(
-        min=16, help="How many of it, the first of its texts as they are shuffled.")] = 100_000,
-    field: Field = "text", split: Split = "train", context: Context = None,
-    shuffle: Shuffle = True,
-    licence: Licence = None,
-    data_licence: Annotated[str | None, typer.Option(help="Of the text, in your words, for the card.")] = None,
-    model_name: ModelName = None, seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
-    dtype: Dtype = "auto", device: Device = None,
-    shards: Annotated[int, typer.Option(min=1, help=(
-        "Under `accelerate launch`: so many processes share the features; groups of them share the batches."))] = 1,
-    only_plan: Annotated[bool, typer.Option(
-        "--plan", help="Print memory, hours and disk of this on one H100 and on eight; train nothing.")] = False,
+    model: Model, text: TrainText = None, layer: Layers = None, site: Sites = None, out: Out = None,
+    recipe: RecipeName = "quick", objective: Kind = "jumprelu", l0: Targets = None, sparsity: Sparsity = None,
+    d_sae: Features = None, tokens: Tokens = None, batch_size: BatchSize = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None, settings: Settings = None,
+    skip: Skip = False, cache: Cache = None, cache_tokens: CacheTokens = None, epochs: Epochs = None,
+    held_out: HeldOut = None, held_out_split: HeldOutSplit = "train", held_out_tokens: HeldOutTokens = 100_000,
+    field: Field = "text", split: Split = "train", context: Context = None, shuffle: Shuffle = True,
+    licence: Licence = None, data_licence: DataLicence = None, model_name: ModelName = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0, dtype: Dtype = "auto", device: Device = None,
+    shards: FeatureShards = 1, only_plan: OnlyPlan = False,
 ) -> None:
     """Train SAEs for a language model, evaluate them, and write a card: a folder that `push` can publish.
 
@@ -108,37 +112,30 @@ def train(
     """
     given = {"d_sae": d_sae, "tokens": tokens, "batch_size": batch_size, "learning_rate": learning_rate}
     recipes = _recipes(recipe, objective, _floats(l0), _floats(sparsity), given, _pairs(settings))
-    first = next(iter(recipes.values()))
-    for one in recipes.values():
-        one.check()
-    sites = site or ["resid_post"]
+    first, layers, sites = next(iter(recipes.values())), layer or [], site or ["resid_post"]
     if only_plan:
-        _print_plan(model, layer or [], sites, recipes, context, cache_tokens or first.tokens if cache else None)
+        _print_plan(model, layers, sites, recipes, context, cache_tokens or first.tokens if cache else None)
         return
     if text is None or out is None:
         raise typer.BadParameter("--text and --out are needed, but for --plan")
-    what = Text(source=text, field=field, split=split, shuffled=shuffle)
-    held = None if held_out is None else Text(source=held_out, field=field, split=held_out_split)
-    for told in (what, held):
-        _check_text(told)
+    what = _text(Text(source=text, field=field, split=split, shuffled=shuffle))
+    held = None if held_out is None else _text(Text(source=held_out, field=field, split=held_out_split))
     together = parallel(shards)
     where = str(together.device) if together.mesh is not None and device is None else device
     loaded, tokenizer = load_model(model, dtype, where)
     job = Job(model_name=model_name or _model_name(model), recipes=recipes, text=what, out=out, cache=cache, skip=skip,
-              places=places(loaded, layer or [], sites), context=context_length(loaded, context or first.context),
+              places=places(loaded, layers, sites), context=context_length(loaded, context or first.context),
               cache_tokens=cache_tokens or first.tokens, epochs=epochs, seed=seed, data_licence=data_licence,
               dtype=str(loaded.dtype).removeprefix("torch."), weights=weights_digest(loaded))
     together.by_main(job.claim)
     with _interruptible(out, together.main):
         with _tf32():
             saes = job.run(loaded, tokenizer, _sae_device(where), parallel=together)
-        if not together.main:
-            return
-        if held is not None:
+        if together.main and held is not None:
             _report_held_out(job, loaded, tokenizer, saes, held, held_out_tokens)
-    write_card(out, licence=licence)
-    for name in saes:
-        typer.echo(str(job.folder(name)))
+    if together.main:
+        write_card(out, licence=licence)
+        typer.echo("\n".join(str(job.folder(name)) for name in saes))
 
 
 @app.command("eval", epilog="Example: sae-hooks eval google/gemma-2-2b google/gemma-scope-2b-pt-res --layer 12 "
@@ -162,8 +159,7 @@ def eval_command(
     """Evaluate SAEs as the paper does: L0, FVU, what the reconstruction costs the model, shrinkage, frequencies."""
     if every and l0 is not None:
         raise typer.BadParameter("--all takes SAEs of every L0; give one of the two", param_hint="--l0")
-    what = Text(source=text, field=field, split=split, shuffled=shuffle)
-    _check_text(what)
+    what = _text(Text(source=text, field=field, split=split, shuffled=shuffle))
     if plots is not None:
         _check_matplotlib()
     with busy(f"looking at {source}"):
@@ -203,12 +199,15 @@ def push(
 
 def _recipes(name: str, objective: str, l0: Sequence[float], sparsity: Sequence[float], given: Mapping[str, Any],
              settings: Mapping[str, str]) -> dict[str, Recipe]:
-    """By variant: the recipe with what was given in its place."""
+    """By variant: the recipe with what was given in its place. Raises TrainingError for what no SAE is trained by."""
     plain = {key: text for key, text in settings.items() if not key.startswith("objective.")}
     own = {key: text for key, text in settings.items() if key.startswith("objective.")}
     base = dataclasses.replace(RECIPES[name], **{key: value for key, value in given.items() if value is not None})
     made = variants(changed(base, plain), objective, l0, sparsity)
-    return {variant: changed(recipe, own) for variant, recipe in made.items()}
+    found = {variant: changed(recipe, own) for variant, recipe in made.items()}
+    for recipe in found.values():
+        recipe.check()
+    return found
 
 
 def _floats(given: Iterable[str] | None) -> list[float]:
@@ -229,10 +228,10 @@ def _pairs(given: Iterable[str] | None) -> dict[str, str]:
     return found
 
 
-def _check_text(text: Text | None) -> None:
-    """Raise DataError for a source that is not there, before a model is loaded for it."""
-    if text is not None:
-        documents(text.source, field=text.field, split=text.split)
+def _text(text: Text) -> Text:
+    """The same. Raises DataError for a source that is not there, before a model is loaded for it."""
+    documents(text.source, field=text.field, split=text.split)
+    return text
 
 
 def _model_name(model: str) -> str:
