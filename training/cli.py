@@ -110,6 +110,9 @@ def train(
     The same command goes on where a stopped one was. Ctrl-C saves first. On several GPUs: accelerate launch -m
     sae_hooks.training.cli train ...
     """
+    if cache_tokens is not None and cache is None:
+        raise typer.BadParameter("it says how many to harvest into --cache, which is not given",
+                                 param_hint="--cache-tokens")
     given = {"d_sae": d_sae, "tokens": tokens, "batch_size": batch_size, "learning_rate": learning_rate}
     recipes = _recipes(recipe, objective, _floats(l0), _floats(sparsity), given, _pairs(settings))
     first, layers, sites = next(iter(recipes.values())), layer or [], site or ["resid_post"]

@@ -227,6 +227,7 @@ def test_saes_without_a_training_to_go_on_with_are_not_replaced(texts, one_sae):
 @pytest.mark.parametrize(("asked", "code", "told"), [
     (("--l0", "five"), 2, "is not a number"),
     (("--set", "decay"), 2, "NAME=VALUE"),
+    (("--cache-tokens", 100), 2, "Invalid value for --cache-tokens"),
     (("--seed", -1), 2, "Invalid value for '--seed'"),
     (("--seed", 2**64), 2, "Invalid value for '--seed'"),
     (("--set", "buffer_tokens=-5"), 1, "Recipe: expected buffer_tokens above 0, got -5"),
