@@ -165,6 +165,8 @@ def eval_command(
     what = _text(Text(source=text, field=field, split=split, shuffled=shuffle))
     if plots is not None:
         _check_matplotlib()
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)  # before the work: what cannot be there is told at once
     with busy(f"looking at {source}"):
         found = _every(source, layer, site, width, revision, allow_pickle) if every else find_saes(
             source, layer=layer, site=site, width=width, l0=l0, revision=revision, allow_pickle=allow_pickle)
@@ -176,7 +178,6 @@ def eval_command(
                     uniformity_positions=UNIFORMITY_POSITIONS if attribution else 0)
     _print_evaluations(report)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         typer.echo(str(write_report(report, json_path)))
     for path in draw(report, plots) if plots is not None else ():
         typer.echo(str(path))

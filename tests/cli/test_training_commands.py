@@ -311,12 +311,13 @@ def test_eval_measures_on_the_first_tokens_of_the_texts_shuffled_or_as_they_stan
     (("--layer", 1), "It offers"),
     (("--all", "--width", "16k"), "has nothing like that"),
     (("--context", 4, "--text", "EMPTY"), "holds no text at all"),
+    (("--json", MODEL / "config.json" / "report.json"), "File exists"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_message(asked, told, trained, texts, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     asked = [tmp_path / "empty.txt" if one == "EMPTY" else one for one in asked]
     result = run("eval", MODEL, trained[0], "--text", texts[1], *asked)
-    assert result.exit_code == 1
+    assert (result.exit_code, result.stdout) == (1, "")
     assert told in result.stderr
     assert "Traceback" not in result.stderr
 
