@@ -19,6 +19,7 @@ from sae_hooks.sites import layers_path, resolve, text_config, width
 
 from .codes import dense_from
 from .harvest import TOKENS_PER_BATCH
+from .objectives import TopK
 from .recipes import Recipe
 
 FLOAT, BF16 = 4, 2  # bytes
@@ -222,9 +223,10 @@ def memory(recipe: Recipe, cost: ModelCost, l0: float, groups: int = 1, shards: 
 
     Language model in bf16, and its working memory for TOKENS_PER_BATCH tokens. Each SAE's weights, gradients and two
     moments of Adam in float32, 16 bytes a weight; by rows one moment, and gradients only in the dense form. Activations
-    of one SAE at a time, in the larger of its forms: dense, DENSE_TENSORS of (rows, features); sparse, PAIR_BYTES a
-    pair and 3 tensors of (rows, features), or of GPU_SIZE numbers; and 6 of the rows themselves. Temporary: two more of
-    W_dec's size while it is projected, if not by rows.
+    of one SAE at a time, in the larger of its forms: dense, DENSE_TENSORS of (rows, features), which TopK's auxiliary
+    loss takes, too, at most, where nearly all features are dead; sparse, PAIR_BYTES a pair and 3 tensors of (rows,
+    features), or of GPU_SIZE numbers; and 6 of the rows themselves. Temporary: two more of W_dec's size while it is
+    projected, if not by rows.
     """
     features, d_in, d_out = recipe.d_sae / shards, *(max(sizes) for sizes in zip(*cost.places, strict=True))
     weights = sum(features * (a + b + 2) + b for a, b in cost.places)
@@ -282,15 +284,19 @@ def _assumptions(p: Plan) -> str:
     m, cost = p.machine, p.cost
     l0s = ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0s))
     kind, peak = ("bf16", m.bf16_flops) if p.recipe.bf16 else ("TF32", m.tf32_flops)
+    dense = (f"Steps are dense while more than {dense_from('cuda', p.recipe.bf16):.1%} of the pairs are held, as at "
+             "the start of a training from low thresholds.")
+    if isinstance(p.recipe.objective, TopK):
+        dense = ("TopK and BatchTopK have no dense form; their auxiliary loss takes up to as much, while nearly all "
+                 "features are dead.")
     return textwrap.fill(
         f"Arithmetic, not a measurement. Assumed: the language model ({cost.parameters / 1e9:.2f} G parameters in "
         f"bf16, {cost.flops / 1e9:.2f} GFLOP a token) at {m.model_share:.0%} of {m.bf16_flops / 1e12:.0f} TFLOP/s; "
         f"the SAE's products in {kind} at {m.sae_share:.0%} of {peak / 1e12:.0f}; memory at "
         f"{m.bandwidth_share:.0%} of {m.bandwidth / 1e12:.2f} TB/s; all-reduce at {m.link / 1e9:.0f} GB/s; L0 "
-        f"{l0s}, and {HELD:g} pairs held for each that is active; every step in the sparse form. Steps are dense "
-        f"while more than {dense_from('cuda', p.recipe.bf16):.1%} of the pairs are held, as at the start of a training "
-        f"from low thresholds. On several GPUs --shards of them share the features and exchange their rows; the "
-        f"language model is whole on each.", 100)
+        f"{l0s}, and {HELD:g} pairs held for each that is active; every step in the sparse form. {dense} On "
+        f"several GPUs --shards of them share the features and exchange their rows; the language model is whole on "
+        f"each.", 100)
 
 
 def _hours(value: float) -> str:

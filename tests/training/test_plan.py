@@ -215,4 +215,8 @@ def test_the_table_says_that_it_is_arithmetic_and_what_it_assumes(cost):
     assert "Arithmetic, not a measurement." in told
     assert "9.24 G parameters" in told
     assert "40% of 989 TFLOP/s" in told
+    assert "Steps are dense while more than 3.0% of the pairs are held" in told
+    topk = " ".join(describe([plan(variants(quick, "batchtopk", l0=[20])["k_20"], cost)]).split())
+    assert "Steps are dense" not in topk
+    assert "TopK and BatchTopK have no dense form" in topk
     assert all(len(line) <= 110 for line in shown.splitlines())
