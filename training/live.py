@@ -223,10 +223,11 @@ class LiveStream:
         if not self._reader.ended:
             raise DataError(f"a buffer of {self.buffer_tokens:,} tokens cannot give batches of {size:,} and take whole "
                             "windows: give a larger buffer_tokens, at best a hundred batches")
+        mine = f"this process' {self._part(size):,} rows of " if self._share[1] > 1 else ""
         raise DataError(
             f"the texts ended: {self._seen:,} tokens were read in {self._reader.epochs} epochs, and the "
-            f"{len(self._order):,} left do not fill a batch of {size:,}. Give more text behind it (where it is not "
-            "shuffled), or read it again with epochs= (None: without end)"
+            f"{len(self._order):,} left do not fill {mine}a batch of {size:,}. Give more text behind it (where it is "
+            "not shuffled), or read it again with epochs= (None: without end)"
         )
 
     def _origin(self) -> dict[str, str | int]:

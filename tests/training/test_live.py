@@ -246,6 +246,11 @@ def test_texts_that_end_early_say_how_many_tokens_there_were(model_with_a_sink_t
 
     assert len(stream.next(TOKENS - read)[SITE]) == TOKENS - read
 
+    half = live(model_with_a_sink_token, share=(1, 2))
+    drain(half, 50)
+    with pytest.raises(DataError, match="left do not fill this process' 25 rows of a batch of 50"):
+        half.next(50)
+
 
 def test_texts_are_read_again_without_end_if_asked(model_with_a_sink_token: LlamaForCausalLM) -> None:
     assert len(drain(live(model_with_a_sink_token, epochs=None), 50, most=40)[SITE]) == 2000 > 3 * TOKENS
