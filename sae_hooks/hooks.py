@@ -358,10 +358,11 @@ def _spliced_at_once(sae: SAE, x: Tensor, old: Tensor, chosen: Tensor | None) ->
 
 
 def _batch(x: Tensor, now: Pass, where: str) -> int:
-    """How many rows of the batch x (batch, ..., d) or (batch * tokens, d) holds, one after the other."""
+    """How many rows of the batch x (batch, ..., d) or (batch * tokens, d) holds, one after the other. Raises
+    SaeAttachError where that cannot be told: x may be of streams, (streams, batch, tokens, d)."""
     if now.shape is None:
         return x.shape[0]
-    rows_first = x.shape[:2] == now.shape if x.ndim > 3 else x.shape[0] == now.shape[0]
+    rows_first = x.shape[:2] == now.shape != x.shape[1:3] if x.ndim > 3 else x.shape[0] == now.shape[0]
     if not rows_first and (x.ndim > 2 or x.shape[0] != math.prod(now.shape)):
         raise SaeAttachError(
             f"{where} gives activations {tuple(x.shape)} for tokens {now.shape}; the rows of the batch cannot be told "

@@ -126,6 +126,17 @@ def test_where_rows_or_tokens_cannot_be_told_an_edit_with_one_strength_works_and
         model(IDS)
 
 
+def test_streams_are_not_taken_for_rows_where_there_are_as_many_rows_and_tokens():
+    model, ids = OfStreams(), IDS.flatten()[:16].view(4, 4)
+    attach_saes(model, fitting(model(ids), "layers.0.output"))
+    with pytest.raises(SaeAttachError, match=r"\(4, 4, 4, 8\) for tokens \(4, 4\); the rows .* Give one number"), \
+            model.saes.add({3: torch.tensor([NAN, NAN, NAN, 5.0])}, special_tokens=True):
+        model(ids)
+    with model.saes.add({3: 5.0}, special_tokens=True) as edit:
+        model(ids)
+    assert edit.positions_edited == 64
+
+
 LAYER = "model.layers.1.mlp"
 
 
