@@ -196,7 +196,7 @@ def grouped(measurements: Sequence[Measurement], model: nn.Module | None = None)
 
 def measure(trial: Trial, groups: Sequence[Group]) -> None:
     """Take a trial into the measurements: a clean pass for all, one with zeros for each group, a spliced one for each
-    of its members. Raises SaeAttachError if the model never came by a site."""
+    of its members. Raises SaeAttachError if the model never came by a site, or did so twice."""
     with ExitStack() as stack:
         for group in groups:
             group.ordinary = None
@@ -227,9 +227,12 @@ def _measure_site(trial: Trial, group: Group, clean: float) -> None:
 
 
 def _note(group: Group) -> WatchRequest:
-    """A request that notes the group's ordinary positions."""
+    """A request that notes the group's ordinary positions. Raises SaeAttachError where a pass comes by again."""
 
     def sink(x: Tensor, chosen: Tensor, now: Pass) -> None:
+        if group.ordinary is not None:
+            raise SaeAttachError(f"a forward pass runs {group.slot.read} more than once; which run is to be measured "
+                                 "cannot be told. Capture it: a capture has the last one")
         group.ordinary = chosen
 
     return WatchRequest(group.slot, sink=sink)

@@ -175,6 +175,12 @@ def test_a_layer_that_a_pass_runs_again_is_one_document_a_row_with_what_it_gave_
     assert len(runs) == 2
 
 
+def test_a_check_does_not_mix_the_runs_of_a_layer_that_a_pass_runs_again():
+    model = attach_saes(sharing_a_layer(), make_sae(HIDDEN, 64, SITE))
+    with pytest.raises(SaeAttachError, match=r"runs model\.layers\.1\.output more than once.*capture has the last"):
+        model.saes.check(IDS)
+
+
 def test_an_extraction_that_meets_a_layer_again_before_it_has_all_is_refused():
     model = attach_saes(sharing_a_layer(), make_sae(HIDDEN, 64, SITE))
     attach_saes(model, make_sae(HIDDEN, 64, "model.norm.output"))
