@@ -21,7 +21,7 @@ from .errors import DataError, SaeAttachError
 from .forward import DeepEnoughError, eval_mode, input_device, reads_text, uncompiled
 from .runtime import Slot, WatchRequest
 from .saes import Saes
-from .sites import context_length
+from .sites import context_length, runs_again
 from .sizes import whole
 from .sparse import SparseFeatures
 from .tokens import Pass
@@ -107,13 +107,16 @@ class Extractor:
                  special_tokens: bool = False, window: int | None = None, overlap: int = 0,
                  tokens_per_part: int = TOKENS_PER_PART, tokens_per_batch: int = TOKENS_PER_BATCH) -> None:
         """Raises SaeAttachError if model has no SAEs or takes no input_ids, or a site is of a decoder beside an
-        encoder, EditError if sites names an SAE that it has not, DataError for what is no number of tokens, or a window
-        longer than model takes."""
+        encoder or of a layer that a pass runs several times, EditError if sites names an SAE that it has not, DataError
+        for what is no number of tokens, or a window longer than model takes."""
         self.saes, self.takes = _attached(model), _taken(model)
         self.model, self.slots = model, _slots(self.saes, sites)
         if other := [str(slot.read) for slot in self.slots if not reads_text(model, slot.read.module)]:
             raise SaeAttachError(f"extraction gives {type(model).__name__} input_ids alone, which its encoder reads; "
                                  f"{', '.join(other)} reads a text of its own. Capture it in a call with both")
+        for slot in self.slots:
+            if runs_again(model, slot.read):
+                raise SaeAttachError(_several_runs(slot))
         self.activations, self.special_tokens = bool(activations), bool(special_tokens)
         self.window, self.overlap = _window_length(model, window), whole("overlap", overlap, 0)
         self.tokens_per_part = whole("tokens_per_part", tokens_per_part)
@@ -300,6 +303,11 @@ def _check_met(collectors: Mapping[str, _Collector]) -> None:
         raise SaeAttachError(f"a forward pass on text never reaches {', '.join(missed)}")
 
 
+def _several_runs(slot: Slot) -> str:
+    return (f"a forward pass runs {slot.read} more than once; which run an extraction should take cannot be told. "
+            "Capture it: a capture has the last one")
+
+
 class _Collector:
     """Gathers the rows of one SAE, batch by batch."""
 
@@ -315,8 +323,7 @@ class _Collector:
     def take(self, x: Tensor, chosen: Tensor) -> None:
         """Encode what is chosen of the rows of x (..., d_in). Raises SaeAttachError for a second x of a batch."""
         if self.batch is None:
-            raise SaeAttachError(f"a forward pass runs {self.slot.read} more than once; which run an extraction should "
-                                 "take cannot be told. Capture it: a capture has the last one")
+            raise SaeAttachError(_several_runs(self.slot))
         rows = self.batch.rows.to(x.device).flatten()
         mine, ordinary = x.flatten(0, -2)[rows], chosen.flatten()[rows]
         if not bool(mine.sum(dtype=torch.float64).isfinite()):

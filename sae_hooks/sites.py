@@ -42,6 +42,7 @@ ATTN_OUT = (
     "mixer.o_proj.input",
 )
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block", "ffn")  # that give what is as wide as the layer
+AGAIN = re.compile(r"\b(albert_layer_groups|[HL]_module)\b")  # layers of ALBERT and HRM: a pass runs them several times
 TIME_FIRST = ("fsmt", "xlnet")  # models inside which activations are (tokens, batch, d)
 
 
@@ -127,6 +128,13 @@ def layers_path(model: nn.Module) -> str:
             "give the site as a module path, such as 'model.layers.3.output'"
         )
     return found[0]
+
+
+def runs_again(model: nn.Module, site: Site) -> bool:
+    """Whether a forward pass is known to run a site's module several times: it is of AGAIN, or part of several
+    layers."""
+    names = [re.sub(r"\d+", "", name) for name, m in model.named_modules(remove_duplicate=False) if m is site.module]
+    return len(names) > len(set(names)) or AGAIN.search(site.path) is not None
 
 
 def text_config(model: nn.Module) -> Any:

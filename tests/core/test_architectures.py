@@ -181,11 +181,42 @@ def test_a_check_does_not_mix_the_runs_of_a_layer_that_a_pass_runs_again():
         model.saes.check(IDS)
 
 
+class Calling(torch.nn.Module):
+    """A layer that runs another one, which is no part of it."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, *args, **kwargs):
+        return self.others[0](*args, **kwargs)
+
+
 def test_an_extraction_that_meets_a_layer_again_before_it_has_all_is_refused():
-    model = attach_saes(sharing_a_layer(), make_sae(HIDDEN, 64, SITE))
-    attach_saes(model, make_sae(HIDDEN, 64, "model.norm.output"))
+    model = make_model("Llama")
+    model.model.layers[2] = Calling(model.model.layers[1])
+    attach_saes(model, {site: make_sae(HIDDEN, 64) for site in (SITE, "model.norm.output")})
     with pytest.raises(SaeAttachError, match=r"runs model\.layers\.1\.output more than once.*capture"):
         list(extract_features(model, [{"input_ids": PROMPTS[0]}]))
+
+
+def known_to_run_again():
+    """(a model, a site whose module a pass runs several times)"""
+    yield sharing_a_layer(), SITE
+    albert = transformers.AlbertConfig(**TOKENS, hidden_size=HIDDEN, intermediate_size=64, num_attention_heads=4,
+                                       embedding_size=16, num_hidden_layers=2)
+    yield transformers.AlbertForMaskedLM(albert), "encoder.albert_layer_groups.0.albert_layers.0.output"
+    if hasattr(transformers, "HrmTextConfig"):
+        hrm = make("HrmText", **{**LLAMA_LIKE, **LAYERS}, head_dim=8)
+        yield from ((hrm, f"model.{stack}_module.layers.1.mlp.output") for stack in "HL")
+
+
+def test_an_extraction_that_would_end_with_the_first_run_of_a_layer_is_refused():
+    for model, site in known_to_run_again():
+        attach_saes(model, make_sae(HIDDEN, 64, site))
+        with pytest.raises(SaeAttachError, match=rf"runs .*{site} more than once.*capture has the last"):
+            extract_features(model, [{"input_ids": PROMPTS[0]}])
+        model.saes.detach()
 
 
 BART = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
