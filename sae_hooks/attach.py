@@ -295,9 +295,10 @@ def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
             installed.doors.add(id(door))
             noting = PassHook(installed.runtime, _positional(door), id(door), map(id, doors[:n]), alike)
             handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
-            installed.tables.add((type(door), compiling.BEFORE))
+            ending = door.register_forward_hook(noting.after, always_call=True)
+            installed.tables |= {(type(door), compiling.BEFORE), (type(door), compiling.AFTER)}
             _order_anew(door._forward_pre_hooks)
-            installed.undo += [partial(installed.doors.discard, id(door)), handle.remove]
+            installed.undo += [partial(installed.doors.discard, id(door)), handle.remove, ending.remove]
     _hook_generate(model, installed, slot.read.path)
 
 

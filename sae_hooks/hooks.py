@@ -245,6 +245,11 @@ class PassHook:
         self._before(module, args, kwargs)
         return None
 
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also where the module raised: its pass has ended. A graph does not look here."""
+        if self.runtime.active and not torch.compiler.is_compiling():
+            self.runtime.end(self.door)
+
     def is_within(self) -> bool:
         """Whether a pass has begun at an outer door, and now comes here with the same tokens."""
         now = self.runtime.begun()

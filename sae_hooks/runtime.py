@@ -240,14 +240,25 @@ class Runtime:
             generation: Generation | None = getattr(self.local, "generation", None)
             if generation is not None and generation.opening != self.openings:
                 generation.opening, generation.missed = self.openings, True
+            within = current is not None and current.outermost in outer
+            outermost = current.outermost if current is not None and within else id(owner)
             current = self.local.current = Pass.of(owner, args, kwargs, generation)
+            current.outermost = outermost
             self.local.stash = {}
         current.owners.add(id(owner))
 
+    def end(self, owner: int) -> None:
+        """Note that a module, of this id, has come to its end, and with the outermost the pass."""
+        now = self.begun()
+        if now is not None and now.outermost == owner:
+            now.ended = True
+
     def begun(self) -> Pass | None:
-        """The last pass of this thread that was noted."""
+        """The pass that this thread is in, or, in a backward pass, which may compute it again, the last one."""
         found: Pass | None = getattr(self.local, "current", None)
-        return found
+        if found is None or not found.ended or torch._C._current_graph_task_id() >= 0:
+            return found
+        return None
 
     def current(self) -> Pass:
         """The pass that this thread is in."""

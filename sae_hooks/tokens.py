@@ -58,6 +58,8 @@ class Pass:
         else:
             self.mask = None if mask is None else mask.bool()
         self.given = ids  # what the modules inside get that are of this pass
+        self.outermost = 0  # id of the module with which it ends
+        self.ended = False
         self.owners: set[int] = set()  # the modules that have begun with it
         self._cached: dict[Any, Tensor | None] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
@@ -188,8 +190,8 @@ class Pass:
     def _ordinary(self, special: frozenset[int]) -> Tensor | None:
         if self.ids is None:
             raise EditError(
-                "this pass has no input_ids (inputs_embeds?), so special tokens cannot be told from others; "
-                "pass special_tokens=True to edit every position"
+                "this pass has no input_ids (inputs_embeds? a layer called by itself?), so special tokens cannot be "
+                "told from others; pass special_tokens=True to edit every position"
             )
         if self.ids.is_cpu and self.ids.numel() <= FEW and special.isdisjoint(self.ids.flatten().tolist()):
             return None

@@ -1,5 +1,6 @@
 """Edits in other ways through a model: hidden states, embeddings, half precision, gradients, any module."""
 
+import contextlib
 import math
 
 import pytest
@@ -52,6 +53,33 @@ def test_positional_ids_and_calls_of_the_inner_model_are_edited_too(attached):
         attached(**INPUTS)
     assert all(torch.equal(x, xs[0]) for x in xs)
     assert len(xs) == 4
+
+
+def raising(*args):
+    raise KeyError("in a pass")
+
+
+@pytest.mark.parametrize("end", ["returns", "raises", "generates", "runs inside"])
+def test_a_layer_called_by_itself_takes_no_tokens_of_a_pass_that_has_ended(attached, end):
+    layer, calls = attached.model.layers[1], []
+    layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    if end == "raises":
+        attached.model.norm.register_forward_hook(raising)
+    run = {"generates": lambda: attached.generate(**INPUTS, max_new_tokens=1), "raises": lambda: attached(**INPUTS),
+           "returns": lambda: attached(**INPUTS), "runs inside": lambda: attached.model(**INPUTS)}[end]
+    with attached.saes.clamp({3: 9.0}) as edit, contextlib.suppress(KeyError):
+        run()
+    edited, (args, kwargs) = edit.positions_edited, (calls[0][0], {**calls[0][1], "past_key_values": None})
+    assert edited == ordinary(IDS, MASK).sum()
+    with attached.saes.clamp({3: 9.0}) as edit, attached.saes.add({5: 1.0}, special_tokens=True) as everywhere:
+        with contextlib.suppress(KeyError):
+            run()
+        with pytest.raises(EditError, match=r"no input_ids .*a layer called by itself\?.*special_tokens=True"):
+            layer(*args, **kwargs)
+        edit.remove()
+        layer(*args, **kwargs)
+    assert edit.positions_edited == edited
+    assert everywhere.positions_edited == 2 * IDS.numel() - int((MASK == 0).sum())
 
 
 class Forwarding(nn.Module):

@@ -173,12 +173,20 @@ def test_a_pass_of_the_model_inside_by_itself_is_not_taken_for_the_next_one_s(ho
 
 def test_a_door_that_a_pass_has_come_to_is_not_within_it_any_more(hooked, ids):
     (door,) = (hook.__self__ for hook in hooked.model._forward_pre_hooks.values())
+
+    def look(*args):
+        now = hooked.saes._runtime.begun()
+        assert now.owners == {id(hooked), id(hooked.model)}
+        assert not door.is_within()
+        now.owners.remove(id(hooked.model))
+        assert door.is_within()
+        looked.append(now)
+
+    looked = []
+    hooked.model.layers[0].register_forward_hook(look)
     with torch.no_grad(), hooked.saes.clamp({3: 40.0}, layer=1):
         logits(hooked, ids)
-        assert hooked.saes._runtime.begun().owners == {id(hooked), id(hooked.model)}
-        assert not door.is_within()
-        hooked.saes._runtime.begun().owners.remove(id(hooked.model))
-        assert door.is_within()
+    assert len(looked) == 1
 
 
 def test_gradients_through_one_graph_are_refused_while_an_edit_is_open(hooked, ids, backend):

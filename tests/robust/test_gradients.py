@@ -117,10 +117,14 @@ def test_positions_left_alone_pass_the_gradient_on_as_it_is(model, ids, sae):
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer = torch.nn.Identity()
     layer.register_forward_hook(next(iter(model.model.layers[1]._forward_hooks.values())), with_kwargs=True)
+
+    @torch.enable_grad()
+    def run_beside(*args):
+        layer(x).sum().backward()
+
+    model.model.layers[2].register_forward_hook(run_beside)
     with model.saes.splice(tokens=torch.arange(9) >= 5), torch.no_grad():
-        model(ids)  # the pass that the hook below goes by
-        with torch.enable_grad():
-            layer(x).sum().backward()
+        model(ids)  # the pass that the hook goes by
     assert torch.equal(x.grad[:, :5], torch.ones(2, 5, 32))
     assert not torch.allclose(x.grad[:, 5:], torch.ones(2, 4, 32))
 
@@ -250,6 +254,18 @@ def test_a_layer_that_is_computed_twice_with_its_hooks_is_refused_too(model, ids
     with pytest.raises(SaeAttachError, match=rf"{SITE} is of a layer .* checkpointing.*transformers 5\.23"):
         openings[opening]()
     gradients(model, ids)
+
+
+def test_a_layer_that_somebody_else_has_computed_twice_is_edited_at_the_same_tokens_again(model, ids, random_sae):
+    attach_saes(model, random_sae(32, 64, INSIDE, norm=8.0))
+    layer, ids = model.model.layers[1], torch.cat([ids.new_full((2, 1), 2), ids], dim=1)
+    with model.saes.clamp({3: 9.0}) as once:
+        expected = gradients(model, ids)
+    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    with model.saes.clamp({3: 9.0}) as twice:
+        hold_close(gradients(model, ids), expected)
+    assert once.positions_edited == 18  # but the BOS of each row
+    assert twice.positions_edited == 36
 
 
 def test_an_sae_in_float64_edits_a_float64_model_in_float64(random_model, ids, sae):
