@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from . import compiling, hub, sites
+from .doors import GenerateHook, PackedHook, PassHook
 from .errors import SaeAttachError, SaeMismatchError, SiteError
 from .formats.hook_names import kind_of, layer_of
-from .hooks import GenerateHook, PackedHook, PassHook, SiteHook
+from .hooks import SiteHook
 from .runtime import Runtime, Slot
 from .sae import SAE
 from .saes import Saes

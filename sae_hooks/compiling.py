@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .doors import PassHook
 from .errors import SaeWarning
-from .hooks import PassHook
 from .runtime import Runtime
 
 Table = tuple[type[nn.Module], str]  # a class, and the attribute of its modules in which hooks lie

@@ -1,14 +1,16 @@
 """A site, or the door of a model inside the model, in a graph of torch.compile: an operator that the compiler cannot
-look into. It runs the hook whenever the graph runs.
+look into. It runs the hook whenever the graph runs. Where there can be none, the hook runs between two graphs.
 
 To break the graph at a site is to break the loop over the layers, and that the compiler does not compile: each layer
 gets a graph of its own, until there are too many, and the other layers none. To break it at a door has every pass
 enter more graphs than one, each with its guards.
 """
 
+import sys
 from collections.abc import Callable
+from functools import wraps
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,9 +18,31 @@ from torch import Tensor
 
 from .kernels import OUTSIDE_CUDA_GRAPHS
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _hooks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by name, which graphs keep: strings are constants there
 _numbers = count()
 _library: Any = torch.library.Library("sae_hooks", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def untraced(method: Method) -> Method:
+    """Run outside of what torch.compile traces: the graph breaks here, but only while something is open.
+
+    Decorating with torch.compiler.disable itself would import the compiler, which takes two seconds.
+    """
+
+    untraced_method: Any = None
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        nonlocal untraced_method
+        if "torch._dynamo" not in sys.modules:
+            return method(*args)
+        if untraced_method is None:
+            untraced_method = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+        return untraced_method(*args)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what the compiler looks at before it traces a call
+    return cast(Method, call)
 
 
 def enter(hook: Any) -> str:

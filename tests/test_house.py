@@ -41,6 +41,7 @@ FLOORS = {
     "sae_hooks/replay.py": 3,
     "sae_hooks/hub/": 4,
     "sae_hooks/hooks.py": 4,
+    "sae_hooks/doors.py": 4,
     "sae_hooks/compiling.py": 5,
     "sae_hooks/measure.py": 4,
     "sae_hooks/store/": 5,
