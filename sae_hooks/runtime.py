@@ -240,8 +240,7 @@ class Runtime:
             generation: Generation | None = getattr(self.local, "generation", None)
             if generation is not None and generation.opening != self.openings:
                 generation.opening, generation.missed = self.openings, True
-            within = current is not None and current.outermost in outer
-            outermost = current.outermost if current is not None and within else id(owner)
+            outermost = current.outermost if current is not None and current.outermost in outer else id(owner)
             current = self.local.current = Pass.of(owner, args, kwargs, generation)
             current.outermost = outermost
             self.local.stash = {}

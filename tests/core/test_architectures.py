@@ -236,6 +236,17 @@ def test_an_encoders_features_are_extracted_and_those_of_a_decoder_with_a_text_o
         list(extract_features(model, documents))
 
 
+def test_what_is_above_a_decoder_has_its_tokens_also_where_the_encoder_has_come_to_its_end():
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**{**TOKENS, **BART})).eval()
+    places = ("model.encoder.layers.1.output", "model.decoder.layers.1.output", "lm_head.input")
+    attach_saes(model, {site: make_sae(HIDDEN, 64, norm=1e9) for site in places})
+    edits = [model.saes.clamp({3: 1.0}, site=site) for site in places]
+    model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS[:, 1:4])
+    assert [edit.positions_edited for edit in edits] == [ordinary(IDS, MASK).sum(), *[ordinary(IDS[:, 1:4]).sum()] * 2]
+    for edit in edits:
+        edit.remove()
+
+
 def test_several_streams_a_token_are_refused_where_positions_matter_and_edited_all_where_not():
     model = make("Gemma3n", **{**LLAMA_LIKE, **LAYERS}, head_dim=8, num_kv_shared_layers=0, laurel_rank=4,
                  hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY,
