@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import compiling, hub, sites
+from .compiling import AFTER, BEFORE
 from .doors import GenerateHook, PackedHook, PassHook
 from .errors import SaeAttachError, SaeMismatchError, SiteError
 from .formats.hook_names import kind_of, layer_of
@@ -26,22 +27,10 @@ Model = TypeVar("Model", bound=nn.Module)
 Source = str | Path | SAE | Mapping[str, Any]
 
 
-def attach_saes(
-    model: Model,
-    source: Source,
-    *,
-    layer: int | None = None,
-    site: str | None = None,
-    width: int | str | None = None,
-    l0: float | str | None = None,
-    revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    name: str | None = None,
-    preload: bool = False,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    allow_pickle: bool = False,
-) -> Model:
+def attach_saes(model: Model, source: Source, *, layer: int | None = None, site: str | None = None,
+                width: int | str | None = None, l0: float | str | None = None, revision: str | None = None,
+                dtype: torch.dtype | None = None, name: str | None = None, preload: bool = False,
+                token: str | None = None, cache_dir: str | Path | None = None, allow_pickle: bool = False) -> Model:
     """Hook SAEs into a model and return the same model, with `model.saes`; weights are fetched at first use of a site.
 
     source: a Hub repo id, a local folder or file, an SAE, or a mapping {site: SAE or any of these}, whose site is where
@@ -93,6 +82,13 @@ class Installed:
     tables: set[compiling.Table] = field(default_factory=set)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
+    def put(self, module: nn.Module, table: str, hook: Callable[..., Any], **how: bool) -> None:
+        """Put a hook into one of a module's tables, BEFORE or AFTER."""
+        register: Any = module.register_forward_hook if table == AFTER else module.register_forward_pre_hook
+        self.undo.append(register(hook, **how).remove)
+        self.tables.add((type(module), table))
+        _order_anew(getattr(module, table))
+
     def remove(self) -> None:
         """Undo in reverse order; a second time does nothing."""
         self.runtime.close(self.runtime.everywhere)
@@ -116,14 +112,8 @@ class Offer:
     owned: bool = True
 
 
-def _offers(
-    model: nn.Module,
-    source: Source,
-    layer: int | None,
-    site: str | None,
-    select: Mapping[str, Any],
-    dtype: torch.dtype | None,
-) -> Iterator[Offer]:
+def _offers(model: nn.Module, source: Source, layer: int | None, site: str | None, select: Mapping[str, Any],
+            dtype: torch.dtype | None) -> Iterator[Offer]:
     if isinstance(source, SAE):
         yield _of_sae(model, source, layer, site, dtype)
     elif isinstance(source, Mapping):
@@ -278,28 +268,22 @@ def _install(model: nn.Module, slots: Sequence[Slot], present: Saes | None) -> N
 
 def _hook(model: nn.Module, installed: Installed, slot: Slot) -> None:
     for place in dict.fromkeys((slot.read, slot.write)):
-        if str(place) not in installed.hooks:
-            hook = installed.hooks[str(place)] = SiteHook(installed.runtime, place)
-            handle = (
-                place.module.register_forward_hook(hook.after, with_kwargs=True, prepend=True)
-                if place.side == "output"
-                else place.module.register_forward_pre_hook(hook.before, with_kwargs=True)
-            )
-            table = compiling.AFTER if place.side == "output" else compiling.BEFORE
-            installed.tables.add((type(place.module), table))
-            _order_anew(place.module._forward_hooks)
-            installed.undo += [partial(installed.hooks.pop, str(place)), handle.remove]  # type: ignore[list-item]
+        if place.key not in installed.hooks:
+            hook = installed.hooks[place.key] = SiteHook(installed.runtime, place)
+            installed.undo.append(partial(installed.hooks.pop, place.key))  # type: ignore[arg-type]
+            if place.side == "output":
+                installed.put(place.module, AFTER, hook.after, with_kwargs=True, prepend=True)
+            else:
+                installed.put(place.module, BEFORE, hook.before, with_kwargs=True)
     doors = _doors(model, slot.read.path)
     alike = not any(getattr(getattr(door, "config", None), "is_encoder_decoder", False) for door in doors)
     for n, door in enumerate(doors):
         if id(door) not in installed.doors:
             installed.doors.add(id(door))
+            installed.undo.append(partial(installed.doors.discard, id(door)))
             noting = PassHook(installed.runtime, _positional(door), id(door), map(id, doors[:n]), alike)
-            handle = door.register_forward_pre_hook(noting.before, with_kwargs=True, prepend=True)
-            ending = door.register_forward_hook(noting.after, always_call=True)
-            installed.tables |= {(type(door), compiling.BEFORE), (type(door), compiling.AFTER)}
-            _order_anew(door._forward_pre_hooks)
-            installed.undo += [partial(installed.doors.discard, id(door)), handle.remove, ending.remove]
+            installed.put(door, BEFORE, noting.before, with_kwargs=True, prepend=True)
+            installed.put(door, AFTER, noting.after, always_call=True)
     _hook_generate(model, installed, slot.read.path)
 
 
