@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -15,86 +13,12 @@ from torch import Tensor, nn
 from . import check, edits, sites
 from .capture import Captured
 from .edits import Edit, Edits, Strength
-from .errors import EditError, SaeAttachError, SaeWarning
-from .runtime import EditRequest, Request, Runtime, Slot, SpliceRequest, WatchRequest
+from .errors import EditError, SaeAttachError
+from .handles import CaptureHandle, Handle
+from .runtime import EditRequest, Runtime, Slot, SpliceRequest, WatchRequest
 from .sae import SAE
 
 UNITS = ("activation", "max")  # of a clamp's or an add's strength
-
-
-class Handle:
-    """Something open on a model: ends with the `with` block, or by `remove()`. Opened when it is made.
-
-    `edits` is what it does, as values that can be shared; `positions_edited` and `positions_skipped` count, over all
-    forward passes so far, the tokens that were touched and those that were asked for but left alone (special tokens,
-    sinks). A token counts as touched also where its row's strength is NaN, or where only_if_active finds nothing.
-    """
-
-    def __init__(self, runtime: Runtime, requests: list[Request], scope: str) -> None:
-        self._runtime, self._requests = runtime, requests
-        runtime.open(requests, scope)
-
-    @property
-    def edits(self) -> Edits:
-        """The edits of this handle; none for a splice or capture."""
-        return Edits(tuple(r.edit for r in self._requests if isinstance(r, EditRequest)))
-
-    def to_json(self) -> str:
-        """The edits as the document that `model.saes.apply` takes."""
-        return self.edits.to_json()
-
-    @property
-    def positions_edited(self) -> int:
-        """Positions touched so far, over all passes and sites."""
-        return sum(r.touched.total() for r in self._requests)
-
-    @property
-    def positions_skipped(self) -> int:
-        """Positions asked for, but left alone: special tokens and attention sinks."""
-        return sum(r.asked.total() for r in self._requests) - self.positions_edited
-
-    def remove(self) -> None:
-        """End it; a second time does nothing. Warns (SaeWarning) if no position was ever touched."""
-        if not any(r.open for r in self._requests):
-            return
-        self._runtime.close(self._requests)
-        if not self.positions_edited:
-            warn(
-                f"{self!r} touched no position: no forward pass ran inside it, or none had a token that it selects "
-                f"({self.positions_skipped} special tokens or attention sinks were left alone)",
-                SaeWarning,
-                stacklevel=3,
-            )
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._runtime.close(self._requests)
-        self.remove()
-
-    def __repr__(self) -> str:
-        what = [
-            f"{r.edit.op} {len(r.edit.features)} features at {r.edit.site}"
-            if isinstance(r, EditRequest)
-            else f"{type(r).__name__.removesuffix('Request').lower()} at {r.slot.name}"
-            for r in self._requests
-        ]
-        return f"<{'; '.join(what)}; {'open' if any(r.open for r in self._requests) else 'closed'}>"
-
-
-class CaptureHandle(Handle):
-    """A capture that is open; entering it gives the `Captured` features."""
-
-    def __init__(self, runtime: Runtime, requests: list[Request], scope: str, captured: Captured) -> None:
-        super().__init__(runtime, requests, scope)
-        self.captured = captured
-
-    def __enter__(self) -> Captured:  # type: ignore[override]
-        return self.captured
 
 
 class Saes(Mapping[str, SAE]):
@@ -139,10 +63,8 @@ class Saes(Mapping[str, SAE]):
         return len(self._slots)
 
     def __repr__(self) -> str:
-        lines = [
-            f"  {name}: {slot.sae.extra_repr() if slot.loaded else 'not loaded yet'}"
-            for name, slot in self._slots.items()
-        ]
+        lines = [f"  {name}: {slot.sae.extra_repr() if slot.loaded else 'not loaded yet'}"
+                 for name, slot in self._slots.items()]
         return "\n".join([f"{len(self)} SAEs attached to {type(self._model).__name__}", *lines])
 
     @property
@@ -190,17 +112,9 @@ class Saes(Mapping[str, SAE]):
             raise EditError(f"apply takes handle.edits, or its JSON text; got {type(document).__name__}")
         return Handle(self._runtime, [self._request(e, self._pick(name=e.site)) for e in shared], scope)
 
-    def splice(
-        self,
-        *,
-        layer: int | None = None,
-        site: str | None = None,
-        name: str | None = None,
-        keep_error: bool = False,
-        tokens: str | Tensor = "all",
-        special_tokens: bool = False,
-        scope: str = "model",
-    ) -> Handle:
+    def splice(self, *, layer: int | None = None, site: str | None = None, name: str | None = None,
+               keep_error: bool = False, tokens: str | Tensor = "all", special_tokens: bool = False,
+               scope: str = "model") -> Handle:
         """Put the reconstruction x_hat in place of x, at all attached sites or the one named.
 
         Edits that are open apply to the features before they are decoded. keep_error=True keeps the reconstruction
@@ -211,15 +125,8 @@ class Saes(Mapping[str, SAE]):
         chosen = edits.check_tokens(tokens)
         return Handle(self._runtime, [SpliceRequest(s, chosen, special_tokens) for s in slots], scope)
 
-    def capture(
-        self,
-        *,
-        layer: int | None = None,
-        site: str | None = None,
-        name: str | None = None,
-        special_tokens: bool = False,
-        scope: str = "model",
-    ) -> CaptureHandle:
+    def capture(self, *, layer: int | None = None, site: str | None = None, name: str | None = None,
+                special_tokens: bool = False, scope: str = "model") -> CaptureHandle:
         """Collect the features of every forward pass inside the block: `with model.saes.capture() as features`.
 
         `features[name]` is a SparseFeatures with a row for each token computed; see `Captured`. Features are those of
@@ -227,9 +134,7 @@ class Saes(Mapping[str, SAE]):
         """
         slots = self._several(layer, site, name)
         captured = Captured({s.name: s.on for s in slots})
-        requests: list[Request] = [
-            WatchRequest(s, special_tokens=special_tokens, sink=captured.sink(s.name)) for s in slots
-        ]
+        requests = [WatchRequest(s, special_tokens=special_tokens, sink=captured.sink(s.name)) for s in slots]
         return CaptureHandle(self._runtime, requests, scope, captured)
 
     def check(
@@ -247,27 +152,12 @@ class Saes(Mapping[str, SAE]):
         """Take all hooks out again; the model is as it was before the first attach."""
         self._detach(self._model)
 
-    def _edit(
-        self,
-        op: str,
-        values: Mapping[int, Strength],
-        unit: str,
-        /,
-        *,
-        layer: int | None = None,
-        site: str | None = None,
-        name: str | None = None,
-        tokens: str | Tensor = "all",
-        special_tokens: bool = False,
-        only_if_active: bool = False,
-        scope: str = "model",
-    ) -> Handle:
+    def _edit(self, op: str, values: Mapping[int, Strength], unit: str, /, *, layer: int | None = None,
+              site: str | None = None, name: str | None = None, scope: str = "model", **how: Any) -> Handle:
         if unit not in UNITS:
             raise EditError(f"a strength's unit is one of {', '.join(UNITS)}; got {unit!r}")
         slot = self._pick(layer, site, name)
-        made = edits.edit(
-            op, slot.name, values, tokens=tokens, special_tokens=special_tokens, only_if_active=only_if_active
-        )
+        made = edits.edit(op, slot.name, values, **how)
         if unit == "max":
             made = _times_max(made, self._ready(slot).sae)
         return Handle(self._runtime, [self._request(made, slot)], scope)

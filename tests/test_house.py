@@ -43,6 +43,7 @@ FLOORS = {
     "sae_hooks/hooks.py": 4,
     "sae_hooks/doors.py": 4,
     "sae_hooks/compiling.py": 5,
+    "sae_hooks/handles.py": 4,
     "sae_hooks/measure.py": 4,
     "sae_hooks/store/": 5,
     "sae_hooks/check.py": 5,

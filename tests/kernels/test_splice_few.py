@@ -6,10 +6,10 @@ import torch
 from kernels.triton_cases import DEVICE, normal, put, same
 
 from sae_hooks import SAE, attach_saes, kernels
+from sae_hooks.handles import Handle
 from sae_hooks.hooks import _spliced_at_once
 from sae_hooks.kernels import segments
 from sae_hooks.runtime import SpliceRequest
-from sae_hooks.saes import Handle
 
 triton = pytest.importorskip("triton")
 
