@@ -122,21 +122,14 @@ def _tap(module: nn.Module, side: str, seen: list[Tensor]) -> Any:
     """Note the hidden states at a place where nothing is attached."""
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        place = sites.find_input(args, kwargs, side)
-        seen.append(args[place] if isinstance(place, int) else kwargs[place])
+        seen.append(sites.input_at(args, kwargs, sites.find_input(args, kwargs, side)))
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         seen.append(sites.read(output, side))
 
-    handle = (
-        module.register_forward_hook(after)
-        if side == "output"
-        else (module.register_forward_pre_hook(before, with_kwargs=True))
-    )
-    try:
+    register: Any = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
+    with register(after if side == "output" else before, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _inputs(inputs: Any) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import index
 from typing import Any
 
@@ -76,15 +76,7 @@ class Edit:
         """JSON-like form; NaN (row left untouched) is null, a mask is a list of booleans."""
         values = [[None if math.isnan(v) else v for v in row] for row in self.values.tolist()]
         tokens = self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
-        return {
-            "op": self.op,
-            "site": self.site,
-            "features": list(self.features),
-            "values": values,
-            "tokens": tokens,
-            "special_tokens": self.special_tokens,
-            "only_if_active": self.only_if_active,
-        }
+        return {**vars(self), "features": list(self.features), "values": values, "tokens": tokens}
 
 
 @dataclass(frozen=True)
@@ -117,15 +109,8 @@ class Edits:
             raise EditError(f"not a document of edits ({type(error).__name__}: {error})") from error
 
 
-def edit(
-    op: str,
-    site: str,
-    values: Mapping[int, Strength],
-    *,
-    tokens: str | Tensor = "all",
-    special_tokens: bool = False,
-    only_if_active: bool = False,
-) -> Edit:
+def edit(op: str, site: str, values: Mapping[int, Strength], *, tokens: str | Tensor = "all",
+         special_tokens: bool = False, only_if_active: bool = False) -> Edit:
     """Check and freeze an edit {feature: number, or tensor (batch,)}. Raises EditError for what cannot be meant."""
     if op not in OPS:
         raise EditError(f"an edit is one of {', '.join(OPS)}; got {op!r}")
@@ -134,15 +119,8 @@ def edit(
     features = tuple(_feature(f) for f in values)
     if not features:
         raise EditError(f"{op} names no feature")
-    return Edit(
-        op=op,
-        site=site,
-        features=features,
-        values=_table(op, values),
-        tokens=check_tokens(tokens),
-        special_tokens=bool(special_tokens),
-        only_if_active=bool(only_if_active),
-    )
+    return Edit(op=op, site=site, features=features, values=_table(op, values), tokens=check_tokens(tokens),
+                special_tokens=bool(special_tokens), only_if_active=bool(only_if_active))
 
 
 def check(edit: Edit, d_sae: int, others: Iterable[Edit] = ()) -> None:
@@ -183,16 +161,8 @@ class Rows:
     picked: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        edit: Edit,
-        W_rows: Tensor,
-        b_enc: Tensor,
-        threshold: Tensor | None,
-        W_dec: Tensor,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Rows:
+    def of(cls, edit: Edit, W_rows: Tensor, b_enc: Tensor, threshold: Tensor | None, W_dec: Tensor,
+           device: torch.device, dtype: torch.dtype) -> Rows:
         """The edit's rows on a device in a dtype, of an SAE with these weights, W_rows (d_sae, d_in)."""
         picked = torch.tensor(edit.features, device=W_dec.device)
         gain, shift = (t.unsqueeze(1).to(device, dtype) for t in (edit.gain, edit.shift))
@@ -352,8 +322,7 @@ def check_tokens(tokens: str | Tensor) -> str | Tensor:
 
 
 def _from_dict(item: Mapping[str, Any]) -> Edit:
-    unknown = set(item) - {"op", "site", "features", "values", "tokens", "special_tokens", "only_if_active"}
-    if unknown:
+    if unknown := set(item) - {field.name for field in fields(Edit)}:
         raise EditError(f"an edit has no field {min(unknown)!r}")
     rows = [[math.nan if v is None else float(v) for v in row] for row in item["values"]]
     features = [_feature(f) for f in item["features"]]
@@ -363,11 +332,6 @@ def _from_dict(item: Mapping[str, Any]) -> Edit:
     by_row = len(rows) > 1 or bool(table.isnan().any())
     values: dict[int, Strength] = dict(zip(features, table.unbind(1) if by_row else rows[0], strict=True))
     tokens = item.get("tokens", "all")
-    return edit(
-        item["op"],
-        str(item["site"]),
-        values,
-        tokens=tokens if isinstance(tokens, str) else torch.tensor(tokens, device="cpu"),
-        special_tokens=item.get("special_tokens", False),
-        only_if_active=item.get("only_if_active", False),
-    )
+    return edit(item["op"], str(item["site"]), values,
+                tokens=tokens if isinstance(tokens, str) else torch.tensor(tokens, device="cpu"),
+                special_tokens=item.get("special_tokens", False), only_if_active=item.get("only_if_active", False))
