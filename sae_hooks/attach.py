@@ -226,7 +226,7 @@ def _check_fit(model: nn.Module, offer: Offer, read: sites.Site, write: sites.Si
 def _is_split(model: nn.Module, place: sites.Site) -> bool:
     """Whether tensor parallelism splits a module's parameters over processes, and so its input. FSDP2 alone, which
     splits each once, does not: they are whole while the module runs."""
-    kinds = [kind for module in (*_ancestors(model, place.path), place.module) for kind in type(module).__mro__]
+    kinds = [kind for module in (*sites.ancestors(model, place.path), place.module) for kind in type(module).__mro__]
     by_fsdp = any(kind.__name__ == "FSDPModule" for kind in kinds)
     parameters: list[Any] = [p for p in place.module.parameters(recurse=False) if type(p).__name__ == "DTensor"]
     return any(sum(not part.is_replicate() for part in p.placements) > by_fsdp for p in parameters)
@@ -299,7 +299,7 @@ def _doors(model: nn.Module, path: str) -> list[nn.Module]:
 
     A wrapper that hands on `*args` does not say which of them is the mask; the model inside it does.
     """
-    found = [m for m in _ancestors(model, path) if "input_ids" in inspect.signature(m.forward).parameters]
+    found = [m for m in sites.ancestors(model, path) if "input_ids" in inspect.signature(m.forward).parameters]
     return list(dict.fromkeys(found)) or [model]
 
 
@@ -311,7 +311,7 @@ def _positional(module: nn.Module) -> list[str]:
 
 def _hook_generate(model: nn.Module, installed: Installed, path: str) -> None:
     """Stand before `generate` of every model on the way to a site: not all wrappers call the inner one's."""
-    for maker in (m for m in _ancestors(model, path) if hasattr(type(m), "generate")):
+    for maker in (m for m in sites.ancestors(model, path) if hasattr(type(m), "generate")):
         before = maker.__dict__.get("generate")
         if isinstance(before, GenerateHook):
             if before.runtime is not installed.runtime:
@@ -336,11 +336,6 @@ def _stand_before(maker: nn.Module, kind: type[GenerateHook], installed: Install
                 maker.__dict__[kind.name] = before
 
     installed.undo.append(undo)
-
-
-def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    parts = path.split(".")
-    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
 
 
 def _present(model: nn.Module) -> Saes | None:

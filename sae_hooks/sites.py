@@ -67,7 +67,7 @@ def resolve(model: nn.Module, site: str) -> Site:
     """Find a site such as "model.layers.20.output" in a model, also inside PEFT, compiled and multimodal wrappers.
 
     The path may be a suffix of the real one, or the real one a suffix of it. Raises SiteError naming what comes
-    nearest, or for a model of TIME_FIRST.
+    nearest, or for a place inside a model of TIME_FIRST.
     """
     path, _, side = site.rpartition(".")
     if side not in SIDES:
@@ -75,16 +75,16 @@ def resolve(model: nn.Module, site: str) -> Site:
             f"a site is a module path that ends in {', '.join('.' + s for s in SIDES)}, or with layer= one of "
             f"{', '.join(KINDS)}; got {site!r}"
         )
-    if getattr(text_config(model), "model_type", None) in TIME_FIRST:
-        raise SiteError(
-            f"{type(model).__name__} keeps its activations as (tokens, batch, d); SAEs need them as (batch, tokens, d)"
-        )
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             modules.setdefault(name.replace("._orig_mod", ""), module)  # the wrapper of a layer compiled by itself
     found = _by_suffix(path, modules)
     if len(found) == 1:
+        for outer in ancestors(model, found[0]):
+            if getattr(text_config(outer), "model_type", None) in TIME_FIRST:
+                raise SiteError(f"{type(outer).__name__} keeps its activations as (tokens, batch, d); SAEs need them "
+                                "as (batch, tokens, d)")
         return Site(found[0], side, modules[found[0]])
     if found:
         raise SiteError(
@@ -135,6 +135,12 @@ def runs_again(model: nn.Module, site: Site) -> bool:
     layers."""
     names = [re.sub(r"\d+", "", name) for name, m in model.named_modules(remove_duplicate=False) if m is site.module]
     return len(names) > len(set(names)) or AGAIN.search(site.path) is not None
+
+
+def ancestors(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules around the one at a path, the model first."""
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
 
 
 def text_config(model: nn.Module) -> Any:

@@ -147,8 +147,9 @@ def test_models_that_keep_their_tokens_first_are_refused(name, layer):
         **BART, "langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY}
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, {"XLNet": "XLNetLMHeadModel", "FSMT": "FSMTForConditionalGeneration"}[name])(config)
-    with pytest.raises(SiteError, match=rf"{name}.* keeps its activations as \(tokens, batch, d\)"):
-        attach_saes(model, make_sae(HIDDEN, 64, f"{layer}.output"))
+    for whole in (model, torch.nn.Sequential(model)):
+        with pytest.raises(SiteError, match=rf"{name}.* keeps its activations as \(tokens, batch, d\)"):
+            attach_saes(whole, make_sae(HIDDEN, 64, f"{layer}.output"))
 
 
 def sharing_a_layer():
