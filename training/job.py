@@ -127,13 +127,13 @@ class Job:
         write_atomically({path: json_bytes(here)})
 
     def _check_cache(self) -> None:
-        if self.cache and (self.out / RECORD).exists() and self.out.resolve().is_relative_to(self.cache.resolve()):
+        if self.cache is None or not self.cache.is_dir() or any(self.cache.glob("*/harvest.json")):
+            return
+        if (self.out / RECORD).exists() and self.out.resolve().is_relative_to(self.cache.resolve()):
             return  # what is there is of this training, which was stopped before it had harvested
-        names = [] if self.cache is None or not self.cache.is_dir() else sorted(p.name for p in self.cache.iterdir())
-        visible = [name for name in names if not name.startswith(".")]
-        if self.cache is not None and visible and not any(self.cache.glob("*/harvest.json")):
-            raise DataError(f"{self.cache} holds {visible[0]}, and no activations: give --cache an empty folder, one "
-                            "that is not there, or one that was harvested into")
+        if names := sorted(path.name for path in self.cache.iterdir() if not path.name.startswith(".")):
+            raise DataError(f"{self.cache} holds {names[0]}, and no activations: give --cache an empty folder, one that "
+                            "is not there, or one that was harvested into")
 
     def record(self) -> dict[str, Any]:
         """What decides the activations, beside what the streams and the trainer compare themselves."""
