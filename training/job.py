@@ -132,8 +132,8 @@ class Job:
         if (self.out / RECORD).exists() and self.out.resolve().is_relative_to(self.cache.resolve()):
             return  # what is there is of this training, which was stopped before it had harvested
         if names := sorted(path.name for path in self.cache.iterdir() if not path.name.startswith(".")):
-            raise DataError(f"{self.cache} holds {names[0]}, and no activations: give --cache an empty folder, one that "
-                            "is not there, or one that was harvested into")
+            raise DataError(f"{self.cache} holds {names[0]}, and no activations: give --cache an empty folder, one "
+                            "that is not there, or one that was harvested into")
 
     def record(self) -> dict[str, Any]:
         """What decides the activations, beside what the streams and the trainer compare themselves."""
